@@ -1,0 +1,104 @@
+"""The KD methods by name: the choices of ``--KD_method`` and what each needs of the two models.
+
+A new method is one line here and one file beside this one. Reading the table imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from models.sizes import ViTSize
+from utils.registry import Entry, Registry
+
+
+class Setting(NamedTuple):
+    """What a KD method's requirements are checked against; a size is None while it is unknown."""
+
+    teacher: ViTSize | None
+    student: ViTSize | None
+    kd_prompt_param: tuple[int, int]
+
+
+Requirement = Callable[[Setting], "str | None"]
+"""Says what in a setting is not as the method needs it, or returns None."""
+
+
+def equal_token_counts(setting: Setting) -> str | None:
+    """The features of teacher and student are compared token by token."""
+    if setting.teacher is None or setting.student is None:
+        return None
+    teacher, student = setting.teacher.num_tokens, setting.student.num_tokens
+    if teacher == student:
+        return None
+    return (
+        f"teacher and student must have equally many tokens, but have {teacher} (--t_model) and {student}"
+        " (--s_model): choose models of the same image and patch size, or another KD method"
+    )
+
+
+def teacher_at_least_as_deep(setting: Setting) -> str | None:
+    """Every block of the student is paired with one of the teacher's last blocks."""
+    if setting.teacher is None or setting.student is None:
+        return None
+    teacher, student = setting.teacher.depth, setting.student.depth
+    if teacher >= student:
+        return None
+    return (
+        f"the teacher must have at least as many blocks as the student, but has {teacher} (--t_model) against"
+        f" {student} (--s_model): choose a deeper teacher or another KD method"
+    )
+
+
+def kd_prompt_fits(setting: Setting) -> str | None:
+    """KD prompts sit on blocks of the student; one half of each is keys, the other values."""
+    layers, length = setting.kd_prompt_param
+    if setting.student is not None and layers > setting.student.depth:
+        return (
+            f"--kd_prompt_param: the first value (layers) must be 1 to {setting.student.depth}, the number of"
+            f" blocks of --s_model, not {layers}"
+        )
+    if length < 2 or length % 2:
+        return (
+            "--kd_prompt_param: the second value (length) must be even and at least 2 (one half keys, one"
+            f" half values), not {length}; the paper's is 6"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class DistillerEntry(Entry):
+    """One line of the DISTILLERS table.
+
+    Attributes:
+        requires: what must hold of the two models and of ``--kd_prompt_param``.
+        needs_teacher: False for a method that trains the student alone, without a teacher.
+    """
+
+    requires: tuple[Requirement, ...] = ()
+    needs_teacher: bool = True
+
+    def problems(self, setting: Setting) -> list[str]:
+        """One sentence for each requirement that ``setting`` does not meet."""
+        return [problem for require in self.requires if (problem := require(setting)) is not None]
+
+
+DISTILLERS: Registry[DistillerEntry] = Registry("KD method", {
+    "KD_Token": DistillerEntry(
+        "learners.distillers.kd_token:KDToken", "KDP: KD token and KD prompts in the student, own head",
+        requires=(kd_prompt_fits,)),
+    "KD": DistillerEntry(
+        "learners.distillers.kd:KD", "softened logits of the teacher (Hinton et al. 2015)"),
+    "DKD": DistillerEntry(
+        "learners.distillers.dkd:DKD", "decoupled target and non-target logits (Zhao et al. 2022)"),
+    "FitNets": DistillerEntry(
+        "learners.distillers.fitnets:FitNets", "KD and features of the last block (Romero et al. 2015)",
+        requires=(equal_token_counts,)),
+    "ReviewKD": DistillerEntry(
+        "learners.distillers.reviewkd:ReviewKD", "KD and fused features of all blocks (Chen et al. 2021)",
+        requires=(equal_token_counts, teacher_at_least_as_deep)),
+    "none": DistillerEntry(
+        "learners.distillers.none:NoDistillation", "the student alone, without a teacher",
+        needs_teacher=False),
+})  # fmt: skip

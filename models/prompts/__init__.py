@@ -1,0 +1,72 @@
+"""The prompt pools by name: the choices of ``--learner_name`` and the meaning of their ``--prompt_param``.
+
+A new pool is one line here and one file beside this one. Reading the table imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from models.prompts.fields import EvenLength, Field, OneOf, PoolSize, Weight
+from utils.registry import Entry, Registry
+
+
+@dataclass(frozen=True)
+class PromptEntry(Entry):
+    """One line of the PROMPTS table.
+
+    Attributes:
+        fields: what each value of ``--prompt_param`` is, in order.
+        paper: the values of the paper, used when ``--prompt_param`` is not given.
+    """
+
+    fields: tuple[Field, ...] = ()
+    paper: tuple[float, ...] = ()
+
+    def parse(self, values: Sequence[float], num_tasks: int | None) -> tuple[dict[str, Any], list[str]]:
+        """Turn the values of ``--prompt_param`` into keywords of the pool's constructor.
+
+        Args:
+            values: the numbers as given.
+            num_tasks: number of tasks T of the run; None while it is unknown, which skips what needs it.
+
+        Returns:
+            The keywords, and one sentence for each value that is not allowed. With problems the keywords are
+            incomplete.
+        """
+        if len(values) != len(self.fields):
+            given = " ".join(f"{value:g}" for value in values)
+            return {}, [
+                f"{len(self.fields)} values are needed ({', '.join(field.label for field in self.fields)};"
+                f" paper: {self.paper_text()}), {len(values)} given ({given})"
+            ]
+        keywords, problems = {}, []
+        for field, value in zip(self.fields, values, strict=True):
+            try:
+                keywords[field.name] = field.parse(value, num_tasks)
+            except ValueError as error:
+                problems.append(str(error))
+        return keywords, problems
+
+    def paper_text(self) -> str:
+        """The paper's values as they are typed on the command line."""
+        return " ".join(f"{value:g}" for value in self.paper)
+
+
+PROMPTS: Registry[PromptEntry] = Registry("learner", {
+    "CODAPrompt": PromptEntry(
+        "models.prompts.coda:CODAPrompt", "all components, weighted by similarity; new ones for each task",
+        fields=(PoolSize("pool", "pool size", per_task=True), EvenLength("length", "prompt length"),
+                Weight("ortho_weight", "orthogonality weight")), paper=(100, 8, 0.0)),
+    "DualPrompt": PromptEntry(
+        "models.prompts.dualprompt:DualPrompt", "general prompts for all images, one expert prompt per task",
+        fields=(PoolSize("pool", "pool size", per_task=True), EvenLength("e_length", "expert prompt length"),
+                EvenLength("g_length", "general prompt length")), paper=(10, 20, 6)),
+    "L2P": PromptEntry(
+        "models.prompts.l2p:L2P", "the five prompts of a shared pool whose keys match the query best",
+        fields=(PoolSize("pool", "pool size", minimum=5), EvenLength("length", "prompt length"),
+                OneOf("deep", "depth", {-1: False, 0: False, 1: True}, "-1 (shallow) or 1 (deep)")),
+        paper=(30, 20, -1)),
+})  # fmt: skip
