@@ -214,7 +214,7 @@ class Progress:
         self._bars = [self._new_bar(row, name) for row, name in enumerate(self._BARS)] if shown else []
 
     def start_phase(self, task: int, phase: str, epochs: int, start_epoch: int) -> None:
-        """Phase "teacher" or "student" of task ``task`` (from 0) begins, at epoch ``start_epoch`` (from 0)."""
+        """Phase "teacher" or "student" of task ``task`` begins, at epoch ``start_epoch`` (both from 0)."""
         self._task, self._phase, self._epochs, self._epoch, self._step = task, phase, epochs, start_epoch, 0
         self._phase_index = 0 if phase == "teacher" else self.phases - 1
         self._phase_images, self._phase_started = 0, time.monotonic()
@@ -229,7 +229,7 @@ class Progress:
         """Epoch ``epoch`` (from 0) of ``steps`` batches begins."""
         self._epoch, self._step, self._steps = epoch, 0, steps
         self._epoch_images, self._epoch_started = 0, time.monotonic()
-        self._reset_bar("batches", steps, 0, self._figures() if epoch else "")
+        self._reset_bar("batches", steps, 0)
 
     def step(self, images: int) -> None:
         """One batch of ``images`` images is done; costs next to nothing and never waits for the device."""
@@ -280,7 +280,7 @@ class Progress:
     @staticmethod
     def _new_bar(row: int, name: str) -> tqdm:
         return tqdm(total=1, desc=f"{name:<8}", position=row, leave=False, file=sys.stderr,
-                    dynamic_ncols=True, bar_format="{desc}{bar:30} {n_fmt}/{total_fmt} {postfix}")
+                    dynamic_ncols=True, bar_format="{desc}{bar:30} {n_fmt}/{total_fmt}{postfix}")
 
     def _reset_bar(self, name: str, total: int, done: int, note: str = "") -> None:
         if self._bars:
