@@ -685,7 +685,7 @@ def _unique_key_loader() -> type:
 def _missing_problems(parsed: Parsed, path: Path | None) -> list[str]:
     """Settings without which the action cannot start; ``path`` is the YAML file that was read."""
     config, problems = parsed.config(), []
-    needs = ["dataset"] if config.action == "check_data" else _NEEDED
+    needs = _NEEDED[:3] if config.action == "check_data" else _NEEDED
     missing = [name for name in needs if getattr(config, name) is None and name not in parsed.wrong]
     if missing and path is not None:
         problems += [f"{name} is missing: set it in {path} or give --{name}" for name in missing]

@@ -1,0 +1,258 @@
+"""What in a configuration cannot work together, found before any work and without importing torch.
+
+``utils.config`` judges each value by itself. Here they are judged together, against the tables of learners,
+KD methods and data sets, and against the machine: its devices, folders, data and weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from dataloaders import DATASETS
+from learners.distillers import DISTILLERS, Setting
+from models.prompts import PROMPTS
+from models.sizes import ViTSize, known_size, name_problem
+from utils.config import Config, ConfigError, help_text, parse_config
+from utils.registry import Registry
+
+
+def load_checked_config(argv: Sequence[str]) -> Config:
+    """The configuration of a command line, with ``prompt_param`` filled in, ready to run.
+
+    Raises:
+        ConfigError: with every problem of the flags, the file and their combination.
+    """
+    parsed = parse_config(argv)
+    config = parsed.config()
+    problems = parsed.problems + check(config, wrong=parsed.wrong)
+    if problems:
+        raise ConfigError(problems)
+    if config.prompt_param is None:
+        config = dataclasses.replace(config, prompt_param=PROMPTS[config.learner_name].paper)
+    return config
+
+
+def check(config: Config, wrong: Collection[str] = ()) -> list[str]:
+    """One sentence for each thing that cannot work.
+
+    Args:
+        config: what was read.
+        wrong: fields that hold a default because their value was not allowed; nothing is said about these.
+    """
+    problems = []
+    if len(config.actions) > 1:
+        asked = " and ".join(f"--{action}" for action in config.actions)
+        problems.append(f"{asked} exclude each other: give one of them")
+    if not {"gpuid", "device"} & set(wrong):
+        problems += _device_problems(config)
+    if not {"gpuid", "batch_size", "accumulate"} & set(wrong):
+        problems += _batch_problems(config)
+    problems += _path_problems(config)
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        problems.append("--tensorboard needs a package that is missing: pip install tensorboard")
+    data_problems, num_tasks = _data_problems(config, wrong)
+    problems += data_problems
+    if config.action != "check_data":
+        problems += _learner_problems(config, num_tasks, wrong)
+        problems += _model_problems(config, wrong)
+    return problems
+
+
+def help_page() -> str:
+    """The text of ``--help``, with the choices of every table."""
+    parameters = [
+        (name, ", ".join(f"{field.label} ({field.rule()})" for field in entry.fields)
+         + f"; paper: {entry.paper_text()}")
+        for name, entry in ((name, PROMPTS[name]) for name in PROMPTS)
+    ]  # fmt: skip
+    tables = {"learner_name": PROMPTS, "KD_method": DISTILLERS, "dataset": DATASETS}
+    choices = {flag: [(name, table[name].about) for name in table] for flag, table in tables.items()}
+    return help_text({**choices, "prompt_param": parameters})
+
+
+def size_problems(kd_method: str, kd_prompt_param: tuple[int, int], teacher: ViTSize | None,
+                  student: ViTSize | None) -> list[str]:  # fmt: skip
+    """What in the sizes of two backbones does not fit each other or the KD method.
+
+    Called with the sizes that the names tell, and again with those of the constructed backbones, as some
+    names tell none (None).
+    """
+    entry = DISTILLERS[kd_method]
+    problems = []
+    if entry.needs_teacher and teacher and student and teacher.image_size != student.image_size:
+        problems.append(
+            f"teacher and student see the same images, but --t_model takes {teacher.image_size} px and"
+            f" --s_model {student.image_size} px: choose models of one input size"
+        )
+    return problems + entry.problems(Setting(teacher, student, kd_prompt_param))
+
+
+def num_tasks_of(num_classes: int, first: int, other: int, upper_bound: bool = False) -> int:
+    """T for ``num_classes`` classes in a first task and equal others, the last one smaller if need be."""
+    return 1 if upper_bound else 1 + -(-max(0, num_classes - first) // other)
+
+
+def _unknown(table: Registry, flag: str, name: str) -> list[str]:
+    """The problem of a name that is not in a table."""
+    try:
+        table[name]
+    except ValueError as error:
+        return [f"--{flag}: {error}"]
+    return []
+
+
+def _data_problems(config: Config, wrong: Collection[str]) -> tuple[list[str], int | None]:
+    """Problems of the data set and its split into tasks; and the number of tasks, None while unknown."""
+    problems: list[str] = []
+    if config.data_url is not None and "://" not in config.data_url:
+        problems.append(f"--data_url must be a URL such as https://host/path, not {config.data_url[:60]!r}")
+    if config.dataset is None:
+        return problems, None
+    if config.dataset not in DATASETS:
+        return problems + _unknown(DATASETS, "dataset", config.dataset), None
+    num_classes = DATASETS[config.dataset].num_classes
+    sizes = {name: getattr(config, name) for name in ("first_split_size", "other_split_size")}
+    if num_classes is None or None in sizes.values() or set(sizes) & set(wrong):
+        return problems, None
+    for name, size in sizes.items():
+        if size > num_classes and not config.upper_bound:
+            problems.append(f"--{name} {size} is more than the {num_classes} classes of {config.dataset}")
+    return problems, num_tasks_of(num_classes, *sizes.values(), config.upper_bound)
+
+
+def _learner_problems(config: Config, num_tasks: int | None, wrong: Collection[str]) -> list[str]:
+    """Problems of ``--learner_name`` and its ``--prompt_param``."""
+    name = config.learner_name
+    if name not in PROMPTS:
+        return _unknown(PROMPTS, "learner_name", name)
+    if "prompt_param" in wrong:
+        return []
+    given = PROMPTS[name].paper if config.prompt_param is None else config.prompt_param
+    _, problems = PROMPTS[name].parse(given, num_tasks)
+    return [f"--prompt_param of {name}: {problem}" for problem in problems]
+
+
+def _model_problems(config: Config, wrong: Collection[str]) -> list[str]:
+    """Problems of the KD method, the two backbones and what the method needs of them."""
+    problems = []
+    sizes: dict[str, ViTSize | None] = {}
+    for flag, name in (("t_model", config.teacher_model), ("s_model", config.student_model)):
+        problem = name_problem(name)
+        if problem:
+            problems.append(f"--{flag}: {problem}")
+        sizes[flag] = None if problem else known_size(name)
+    if config.kd_method not in DISTILLERS:
+        return problems + _unknown(DISTILLERS, "KD_method", config.kd_method)
+    if "kd_prompt_param" in wrong:
+        return problems
+    return problems + size_problems(
+        config.kd_method, config.kd_prompt_param, sizes["t_model"], sizes["s_model"]
+    )
+
+
+def _device_problems(config: Config) -> list[str]:
+    """Devices that exclude each other or are not there."""
+    ids = config.gpuid or ()
+    given = " ".join(map(str, ids))
+    if -1 in ids and len(ids) > 1:
+        return [f"--gpuid {given}: -1 is the CPU and stands alone; leave it or the GPUs out"]
+    on_gpus = bool(ids) and ids != (-1,)
+    if (config.device in ("cpu", "mps") and on_gpus) or (config.device == "cuda" and ids == (-1,)):
+        return [f"--device {config.device} and --gpuid {given} exclude each other: leave one out"]
+    if config.device == "mps" and sys.platform != "darwin":
+        return ["--device mps needs a Mac with Apple silicon; use --gpuid -1 for the CPU"]
+    if not on_gpus and config.device != "cuda":
+        return []
+    asked = f"--gpuid {given}" if on_gpus else "--device cuda"
+    count = cuda_devices()
+    if count == 0:
+        return [f"{asked}: there is no CUDA device here; use --gpuid -1 for the CPU"]
+    missing = " ".join(str(gpu) for gpu in ids if count is not None and gpu >= count)
+    if missing:
+        have = "only GPU 0" if count == 1 else f"only GPUs 0 to {count - 1}"
+        return [f"{asked}: there is no GPU {missing} here, {have}"]
+    return []
+
+
+def cuda_devices() -> int | None:
+    """Number of CUDA devices that this process may use, by the driver; None when only torch can tell."""
+    library = {"linux": "libcuda.so.1", "win32": "nvcuda.dll"}.get(sys.platform)
+    if library is None:
+        return 0
+    try:
+        driver = ctypes.CDLL(library)
+    except OSError:
+        return None if os.path.exists("/dev/kfd") else 0  # an AMD GPU, which torch calls cuda, too
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _batch_problems(config: Config) -> list[str]:
+    """The batch is global: devices and accumulation split it into equal parts."""
+    parts, over = len(config.gpuid or (0,)), "GPUs of --gpuid"
+    if "RANK" in os.environ:
+        processes = os.environ.get("WORLD_SIZE", "1")
+        parts, over = int(processes) if processes.isdecimal() else 1, "processes"
+    size = config.batch_size
+    if size % parts:
+        below, above = size // parts * parts, (size // parts + 1) * parts
+        fitting = f"{below} or {above}" if below else above
+        return [f"--batch_size {size} does not divide by the {parts} {over}: use {fitting}"]
+    share = size // parts
+    if share % config.accumulate:
+        each = "" if parts == 1 else f" on each of {parts} {over}"
+        fitting = max(n for n in range(1, config.accumulate) if share % n == 0)
+        return [
+            f"--accumulate {config.accumulate} does not divide the {share} images of a batch{each}:"
+            f" use for example {fitting}"
+        ]
+    return []
+
+
+def _path_problems(config: Config) -> list[str]:
+    """Files that must be there, folders that must be writable."""
+    problems = []
+    needed: list[tuple[str, Path | None, Callable[[Path], bool], str]] = [
+        ("t_weights", config.teacher_weights, os.path.isfile, "file"),
+        ("s_weights", config.student_weights, os.path.isfile, "file"),
+        ("init_from", config.init_from, os.path.isdir, "folder"),
+        *(("predict", image, os.path.isfile, "file") for image in config.predict_images),
+    ]
+    for flag, path, is_there, kind in needed:
+        if path is not None and not is_there(path):
+            problems.append(f"--{flag}: there is no {kind} {path}; check the path")
+    if config.export_path is not None:
+        if config.export_path.suffix not in (".safetensors", ".pt2"):
+            problems.append(f"--export: {config.export_path} must end in .safetensors or .pt2")
+        if config.export_path.is_dir():
+            problems.append(f"--export: {config.export_path} is a folder; name a file in it")
+        problems += _unwritable("export", config.export_path.parent)
+    if config.log_dir is not None and config.action == "train":
+        problems += _unwritable("log_dir", config.log_dir)
+    return problems
+
+
+def _unwritable(flag: str, folder: Path) -> list[str]:
+    """Why no file can be made in ``folder``, or the part of its path that exists; leaves nothing there."""
+    try:
+        existing = Path(os.path.abspath(folder))
+        if any(len(os.fsencode(part)) > 255 for part in existing.parts):
+            return [f"--{flag}: a name in {str(folder)[:40]}... is too long; choose a shorter one"]
+        while not os.path.lexists(existing):
+            existing = existing.parent
+        if not existing.is_dir():
+            return [f"--{flag}: {existing} is a file, not a folder; choose another path"]
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        return [f"--{flag}: {folder} cannot be written ({error.strerror}); choose a folder you may write to"]
+    return []

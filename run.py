@@ -1,0 +1,31 @@
+"""Continual distillation learning from the command line: ``python run.py --help``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from learners.check import help_page, load_checked_config
+from utils.config import ConfigError, wants_help
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code: 0, or 2 for a configuration that cannot run."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if wants_help(argv):
+        print(help_page(), end="")
+        return 0
+    try:
+        config = load_checked_config(argv)
+        # torch is loaded here, after all that can be refused without it.
+        from learners import trainer
+
+        return trainer.run(config)
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"run.py: error: {problem}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
