@@ -1,0 +1,245 @@
+"""Batches for training and evaluation.
+
+One set of worker processes serves all tasks, phases and epochs: the workers hold both image stores, and what
+a batch consists of (indices and the seeds of its augmentation) comes with the request for it. The
+augmentation of an image therefore depends only on (seed, task, phase, epoch, sample), not on who computes it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from dataloaders.base import BadImageError, DataError, ImageStore
+from dataloaders.tasks import TaskStream
+from dataloaders.transforms import to_unit
+from utils.seed import derive_seed, generator
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class BatchRequest(NamedTuple):
+    """What a worker needs to know to make a batch.
+
+    Attributes:
+        train: from the training images (else from the test images).
+        indices: int64 [b], into the store.
+        seeds: one for each image's augmentation; None for the test transform.
+    """
+
+    train: bool
+    indices: np.ndarray
+    seeds: list[int] | None
+
+
+class StreamImages(Dataset):
+    """All images of a stream; its items are whole batches, asked for with a :class:`BatchRequest`."""
+
+    def __init__(self, stream: TaskStream) -> None:
+        self._train, self._test = stream.train_images, stream.test_images
+        self._train_transform, self._test_transform = stream.train_transform, stream.test_transform
+        self._size = stream.image_size
+
+    def __getitems__(self, request: BatchRequest) -> Batch | BadImageError:
+        """uint8 [b, H, W, 3] and int64 [b], or the error that an image caused.
+
+        An error is returned rather than raised because the loader would bury its sentence under a traceback.
+        """
+        images = self._train if request.train else self._test
+        pixels = _new_uint8((len(request.indices), self._size, self._size, 3))
+        rows = pixels.numpy()
+        try:
+            if request.seeds is None:
+                for row, index in enumerate(request.indices):
+                    rows[row] = np.asarray(self._test_transform(images.store.open(index)))
+            else:
+                self._augment(images.store, request, rows)
+        except BadImageError as error:
+            return error
+        return pixels, torch.from_numpy(images.labels[request.indices])
+
+    def _augment(self, store: ImageStore, request: BatchRequest, rows: np.ndarray) -> None:
+        state = torch.get_rng_state()
+        try:
+            for row, (index, seed) in enumerate(zip(request.indices, request.seeds, strict=True)):
+                torch.default_generator.manual_seed(seed)
+                rows[row] = np.asarray(self._train_transform(store.open(index)))
+        finally:
+            torch.set_rng_state(state)
+
+
+def _new_uint8(shape: tuple[int, ...]) -> torch.Tensor:
+    """An empty tensor; in a worker in shared memory, which spares a copy on the way to the main process."""
+    pixels = torch.empty(shape, dtype=torch.uint8)
+    return pixels.share_memory_() if get_worker_info() is not None else pixels
+
+
+class _Plan:
+    """The batch sampler of the loader: hands out the requests of whichever pass is under way."""
+
+    def __init__(self) -> None:
+        self.requests: Iterator[BatchRequest] = iter(())
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        return self.requests
+
+
+class DataPipeline:
+    """Loader of a stream's images.
+
+    Args:
+        stream: the tasks.
+        batch_size: training images in a global batch.
+        eval_batch_size: test images in this process's batch.
+        workers: worker processes; 0 loads in this one.
+        pin_memory: whether batches are put into page-locked memory for a GPU.
+        seed: of order and augmentation.
+        rank, world_size: which of how many processes this one is; a global training batch is cut into
+            equal parts, a test set into parts that differ by at most one image.
+        device: where batches are converted to float and handed out. On a GPU a quarter of the bytes travels.
+    """
+
+    def __init__(
+        self,
+        stream: TaskStream,
+        *,
+        batch_size: int,
+        eval_batch_size: int,
+        workers: int = 0,
+        pin_memory: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._stream = stream
+        self._batch_size = batch_size
+        self._share = batch_size // world_size
+        self._eval_batch_size = eval_batch_size
+        self._seed = seed
+        self._rank, self._world_size = rank, world_size
+        self._device = torch.device(device)
+        self._plan = _Plan()
+        self._pass = 0
+        self._loader: DataLoader | None = DataLoader(
+            StreamImages(stream),
+            batch_sampler=self._plan,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # the loader draws a base seed; it must not come from the global one
+        )
+        self._end = weakref.finalize(self, _end_workers, self._loader)
+
+    def steps_per_epoch(self, task: int) -> int:
+        """Training steps of an epoch; the last, incomplete batch is dropped.
+
+        Raises:
+            DataError: the task has fewer images than a batch, so that nothing would be learned.
+        """
+        samples = self._stream.train_size(task) + len(self._stream.replay(task))
+        if samples < self._batch_size:
+            raise DataError(
+                f"task {task} has {samples} training images, fewer than batch_size {self._batch_size}, "
+                "and so would take no step: lower batch_size"
+            )
+        return samples // self._batch_size
+
+    def train(self, task: int, phase: str, epoch: int) -> Iterator[Batch]:
+        """This process's rows of the epoch's batches.
+
+        Args:
+            phase: ``teacher`` or ``student``; with task and epoch it decides order and augmentation.
+
+        Yields:
+            images float32 [batch_size // world_size, 3, H, W] in [0, 1] and labels int64.
+
+        Raises:
+            BadImageError: an image is missing or damaged.
+        """
+        steps = self.steps_per_epoch(task)
+        return self._run(self._train_requests(task, phase, epoch, steps))
+
+    def test(self, task: int) -> Iterator[Batch]:
+        """This process's share of the task's test images, in batches as of :meth:`train`."""
+        indices = self._stream.test_indices(task)[self._rank :: self._world_size]
+        size = self._eval_batch_size
+        return self._run(
+            BatchRequest(False, indices[start : start + size], None) for start in range(0, len(indices), size)
+        )
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._end()
+        self._loader = None
+
+    def _train_requests(self, task: int, phase: str, epoch: int, steps: int) -> Iterator[BatchRequest]:
+        own = self._stream.train_indices(task)
+        indices = np.concatenate([own, self._stream.replay(task)])
+        # A replayed image may be drawn twice in an epoch: it is known by the number of its draw instead.
+        samples = [*own.tolist(), *(f"replay {draw}" for draw in range(len(indices) - len(own)))]
+        shuffle = generator(self._seed, "order", task, phase, epoch)
+        order = torch.randperm(len(indices), generator=shuffle).numpy()
+        for step in range(steps):
+            start = step * self._batch_size + self._rank * self._share
+            rows = order[start : start + self._share]
+            seeds = None
+            if self._stream.augmented:
+                seeds = [derive_seed(self._seed, "augment", task, phase, epoch, samples[row]) for row in rows]
+            yield BatchRequest(True, indices[rows], seeds)
+
+    def _run(self, requests: Iterator[BatchRequest]) -> Iterator[Batch]:
+        if self._loader is None:
+            raise RuntimeError("the data pipeline is closed")
+        self._pass += 1
+        current = self._pass
+        self._plan.requests = requests
+        for item in self._loader:
+            if current != self._pass:
+                raise RuntimeError("a new pass over the data has begun; finish or drop this one first")
+            if isinstance(item, BadImageError):
+                raise item
+            pixels, labels = item
+            yield self._to_float(pixels), labels.to(self._device, non_blocking=True)
+
+    def _to_float(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [b, H, W, 3] -> contiguous float32 [b, 3, H, W] on the device."""
+        pixels = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        return to_unit(pixels.contiguous())
+
+
+def _end_workers(loader: DataLoader) -> None:
+    iterator, loader._iterator = loader._iterator, None
+    if iterator is not None:
+        iterator._shutdown_workers()
+
+
+def _as_it_is(batch: Batch | BadImageError) -> Batch | BadImageError:
+    return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave stopping to the main process: it ends its workers itself after it has saved what it has.
+
+    SIGTERM is taken from the parent alone, since a terminal or a batch system sends it to everyone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
