@@ -192,17 +192,13 @@ class Progress:
         enabled: whether to draw bars; None draws them when the standard error is a terminal.
         num_tasks: tasks of the whole run.
         phases: phases per task: 2 for teacher and student, 1 for the student alone.
-        batch_lines: whether each call of :meth:`update` also writes a line.
     """
 
     _BARS = ("tasks", "phases", "epochs", "batches")
 
-    def __init__(
-        self, enabled: bool | None, num_tasks: int, *, phases: int = 2, batch_lines: bool = False
-    ) -> None:
+    def __init__(self, enabled: bool | None, num_tasks: int, *, phases: int = 2) -> None:
         self.num_tasks = num_tasks
         self.phases = phases
-        self.batch_lines = batch_lines
         self._started = self._last_line = self._phase_started = self._epoch_started = time.monotonic()
         self._first: float | None = None  # share of the run that was done before this process
         self._phase = ""
@@ -244,7 +240,7 @@ class Progress:
         if self._bars:
             self._bars[2].set_postfix_str(self._figures(), refresh=False)
             self._bars[3].set_postfix_str(self._rate(self._epoch_images, self._epoch_started), refresh=False)
-        if self.batch_lines or self._line_is_due():
+        if self._line_is_due():
             where = f"epoch {self._epoch + 1}/{self._epochs} batch {self._step}/{self._steps}"
             rate = self._rate(self._epoch_images, self._epoch_started)
             self._line(f"{self._where()} {where}: {self._figures()}, {rate}, {self._left()}")

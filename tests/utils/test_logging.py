@@ -134,11 +134,6 @@ def test_long_phases_say_where_they_are(log, monkeypatch, capsys):
     assert len(out.splitlines()) == 2 * (1 + 3 + 3)
 
 
-def test_batch_lines_when_asked_for(log, capsys):
-    run(Progress(False, 1, batch_lines=True), tasks=1)
-    assert capsys.readouterr().out.count(" batch 2/2: ") == 6
-
-
 def test_no_bars_without_a_terminal(log, capsys):
     run(Progress(None, 1), tasks=1)
     assert capsys.readouterr().err == ""
