@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from dataloaders import DATASETS
+from dataloaders.preflight import count_classes, preflight
 from learners.distillers import DISTILLERS, Setting
 from models.prompts import PROMPTS
 from models.sizes import ViTSize, known_size, name_problem
@@ -110,14 +111,14 @@ def _unknown(table: Registry, flag: str, name: str) -> list[str]:
 
 def _data_problems(config: Config, wrong: Collection[str]) -> tuple[list[str], int | None]:
     """Problems of the data set and its split into tasks; and the number of tasks, None while unknown."""
-    problems: list[str] = []
-    if config.data_url is not None and "://" not in config.data_url:
-        problems.append(f"--data_url must be a URL such as https://host/path, not {config.data_url[:60]!r}")
     if config.dataset is None:
-        return problems, None
+        return [], None
     if config.dataset not in DATASETS:
-        return problems + _unknown(DATASETS, "dataset", config.dataset), None
-    num_classes = DATASETS[config.dataset].num_classes
+        return _unknown(DATASETS, "dataset", config.dataset), None
+    problems = []
+    if config.action in ("train", "eval_only", "check_data"):
+        problems += preflight(config.dataset, config.dataroot, config.data_url)
+    num_classes = count_classes(config.dataset, config.dataroot)
     sizes = {name: getattr(config, name) for name in ("first_split_size", "other_split_size")}
     if num_classes is None or None in sizes.values() or set(sizes) & set(wrong):
         return problems, None

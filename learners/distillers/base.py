@@ -1,0 +1,131 @@
+"""What every KD method is: an objective for the student, with trainable parts of its own if it needs any."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataloaders.tasks import ClassRange
+from models.prompted_model import ModelOutput, StudentInputs
+
+
+class DistillDims(NamedTuple):
+    """Sizes a KD method may need: widths and depths of both backbones and the number of classes C."""
+
+    student_dim: int
+    teacher_dim: int
+    student_depth: int
+    teacher_depth: int
+    num_classes: int
+
+
+class DistillSettings(NamedTuple):
+    """Numbers of the command line: ``--kd_alpha``, ``--Soft_T`` and ``--kd_prompt_param``."""
+
+    alpha: float = 0.5
+    temperature: float = 2.0
+    prompt_layers: int = 12
+    prompt_length: int = 6
+
+
+class Distiller(nn.Module):
+    """The student's objective: ``(1 - alpha) * CE + distill + feature``.
+
+    A method overrides :meth:`distill`, and where it needs them :meth:`feature`, :meth:`student_inputs` and
+    :meth:`predict`. Parameters that it registers are trained with the student and saved with it.
+
+    Attributes:
+        needs_blocks: whether :meth:`feature` reads the outputs of both models' blocks.
+        needs_teacher: whether there is a teacher at all.
+
+    Args:
+        settings: numbers of the command line.
+        dims: sizes of both models.
+    """
+
+    needs_blocks: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = True
+
+    def __init__(self, settings: DistillSettings, dims: DistillDims) -> None:
+        super().__init__()
+        self.alpha = settings.alpha
+        self.temperature = settings.temperature
+
+    def student_inputs(self) -> StudentInputs:
+        """Prompts and tokens to inject into the student."""
+        return StudentInputs()
+
+    def forward(
+        self,
+        student: ModelOutput,
+        teacher: ModelOutput | None,
+        targets: Tensor,
+        classes: ClassRange,
+        class_weights: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """All terms of the loss by name, each a scalar with its weight: ``ce``, ``distill``, ``feature``.
+
+        Args:
+            student: the student's output for the batch.
+            teacher: the teacher's for the same images, without gradient.
+            targets: labels [B].
+            classes: columns that compete: those of the current task.
+            class_weights: a weight for each of the C classes, or None.
+        """
+        ce = task_cross_entropy(student.logits, targets, classes, class_weights)
+        terms = {"ce": (1 - self.alpha) * ce, "distill": self.distill(student, teacher, targets, classes)}
+        if self.needs_blocks:
+            terms["feature"] = self.feature(student, teacher)
+        return terms
+
+    def distill(
+        self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, classes: ClassRange
+    ) -> Tensor:
+        """The distillation term with its weight alpha; by default Hinton's on the class head."""
+        return self.alpha * kd_loss(
+            student.logits[:, classes.start : classes.stop],
+            teacher.logits[:, classes.start : classes.stop],
+            temperature=self.temperature,
+        )
+
+    def feature(self, student: ModelOutput, teacher: ModelOutput | None) -> Tensor:
+        """The loss between features, with its weight."""
+        raise NotImplementedError
+
+    def predict(self, student: ModelOutput) -> Tensor:
+        """Logits [B, C] that the student answers with."""
+        return student.logits
+
+
+def task_cross_entropy(
+    logits: Tensor, targets: Tensor, classes: ClassRange, class_weights: Tensor | None = None
+) -> Tensor:
+    """Cross entropy in which only ``classes`` compete; past classes count as -inf (SPEC section 4).
+
+    Args:
+        logits: [B, C].
+        targets: labels [B], all within ``classes``.
+        classes: competing columns.
+        class_weights: a weight for each class [C]; the mean stays over the batch.
+    """
+    losses = F.cross_entropy(
+        logits[:, classes.start : classes.stop].float(), targets - classes.start, reduction="none"
+    )
+    if class_weights is not None:
+        losses = losses * class_weights[targets]
+    return losses.mean()
+
+
+def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
+    """``tau^2 * KL(softmax(teacher / tau) || softmax(student / tau))``, batch mean (Hinton et al. 2015, eq. 1).
+
+    Args:
+        student: logits [B, K].
+        teacher: logits [B, K].
+        temperature: tau.
+    """
+    student_log = F.log_softmax(student.float() / temperature, dim=1)
+    teacher_log = F.log_softmax(teacher.float() / temperature, dim=1)
+    return temperature**2 * F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True)

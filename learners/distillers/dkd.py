@@ -1,0 +1,67 @@
+"""DKD (Zhao et al., CVPR 2022, arXiv 2203.08679): target and non-target classes distilled apart."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dataloaders.tasks import ClassRange
+from learners.distillers.base import Distiller
+from models.prompted_model import ModelOutput
+
+TARGET_WEIGHT = 1.0
+NON_TARGET_WEIGHT = 4.0
+TEMPERATURE = 4.0  # the method's own; --Soft_T does not apply
+_HIDE_TARGET = 1000.0
+
+
+class DKD(Distiller):
+    """``alpha * (1 * TCKD + 4 * NCKD)`` at temperature 4 on the current task's columns."""
+
+    def distill(
+        self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, classes: ClassRange
+    ) -> Tensor:
+        return self.alpha * dkd_loss(
+            student.logits[:, classes.start : classes.stop],
+            teacher.logits[:, classes.start : classes.stop],
+            targets - classes.start,
+            alpha=TARGET_WEIGHT,
+            beta=NON_TARGET_WEIGHT,
+            temperature=TEMPERATURE,
+        )
+
+
+def dkd_loss(
+    student: Tensor, teacher: Tensor, target: Tensor, *, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    """``alpha * TCKD + beta * NCKD`` (arXiv 2203.08679, eq. 7), each summed and divided by B.
+
+    Args:
+        student: logits [B, K].
+        teacher: logits [B, K].
+        target: labels [B] in [0, K).
+        alpha: weight of the target part.
+        beta: weight of the non-target part.
+        temperature: tau; both parts are scaled by tau^2.
+    """
+    student, teacher = student.float() / temperature, teacher.float() / temperature
+    if student.shape[1] < 2:
+        return student.sum() * 0  # a single class has no others to tell apart
+    hit = F.one_hot(target, student.shape[1]).bool()
+    scale = temperature**2
+    tckd = _kl(_two_way_log(student, hit), _two_way_log(teacher, hit))
+    hide = hit * _HIDE_TARGET
+    nckd = _kl(F.log_softmax(student - hide, dim=1), F.log_softmax(teacher - hide, dim=1))
+    return scale * (alpha * tckd + beta * nckd)
+
+
+def _two_way_log(logits: Tensor, hit: Tensor) -> Tensor:
+    """Log probabilities of (true class, all others), [B, 2], summed in log space so that none becomes 0."""
+    log_prob = F.log_softmax(logits, dim=1)
+    others = log_prob.masked_fill(hit, float("-inf")).logsumexp(dim=1)
+    return torch.stack([log_prob[hit], others], dim=1)
+
+
+def _kl(student_log: Tensor, teacher_log: Tensor) -> Tensor:
+    return F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True)

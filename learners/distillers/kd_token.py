@@ -1,0 +1,67 @@
+"""KDP, called KD_Token (Zhang et al., Continual Distillation Learning, arXiv 2407.13911): KD prompts."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dataloaders.tasks import ClassRange
+from learners.distillers.base import DistillDims, Distiller, DistillSettings, kd_loss
+from models.prompted_model import ModelOutput, StudentInputs
+from models.prompts.base import uniform_parameter
+from models.vit import KV, split_prompt
+
+
+class KDPrompt(nn.Module):
+    """The KD token ``kd_p_0`` [1, Ds] and KD prompts ``kd_p_l`` [length, Ds] of blocks 1 to layers - 1.
+
+    They belong to distillation alone: all tasks share them and nothing resets them.
+
+    Args:
+        layers: number of blocks with a KD token or prompt; 1 is DeiT's distillation token alone.
+        length: length of a KD prompt, split evenly in keys and values.
+        width: Ds.
+    """
+
+    def __init__(self, layers: int, length: int, width: int) -> None:
+        super().__init__()
+        self.layers = layers
+        self.kd_p_0 = uniform_parameter(1, width)
+        for layer in range(1, layers):
+            self.register_parameter(f"kd_p_{layer}", uniform_parameter(length, width))
+
+    def suffixes(self, depth: int) -> list[KV | None]:
+        """Keys and values to append in each of ``depth`` blocks."""
+        prompts = [split_prompt(self.get_parameter(f"kd_p_{layer}")[None]) for layer in range(1, self.layers)]
+        return [None, *prompts, *[None] * (depth - self.layers)]
+
+
+class KDToken(Distiller):
+    """KD through a token, prompts and a head of its own; the prediction mixes both heads by alpha."""
+
+    def __init__(self, settings: DistillSettings, dims: DistillDims) -> None:
+        super().__init__(settings, dims)
+        if not 1 <= settings.prompt_layers <= dims.student_depth:
+            raise ValueError(
+                f"KD prompts on {settings.prompt_layers} blocks do not fit a student of {dims.student_depth} blocks"
+            )
+        self.depth = dims.student_depth
+        self.kd_prompt = KDPrompt(settings.prompt_layers, settings.prompt_length, dims.student_dim)
+        self.kd_last = nn.Linear(dims.student_dim, dims.num_classes)
+
+    def student_inputs(self) -> StudentInputs:
+        return StudentInputs(self.kd_prompt.suffixes(self.depth), self.kd_prompt.kd_p_0)
+
+    def distill(
+        self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, classes: ClassRange
+    ) -> Tensor:
+        return self.alpha * kd_loss(
+            self._kd_logits(student)[:, classes.start : classes.stop],
+            teacher.logits[:, classes.start : classes.stop],
+            temperature=self.temperature,
+        )
+
+    def predict(self, student: ModelOutput) -> Tensor:
+        return (1 - self.alpha) * student.logits + self.alpha * self._kd_logits(student)
+
+    def _kd_logits(self, student: ModelOutput) -> Tensor:
+        return self.kd_last(student.extra[:, 0])

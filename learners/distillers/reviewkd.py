@@ -1,0 +1,83 @@
+"""ReviewKD (Chen et al., CVPR 2021, arXiv 2104.09044): every student block reviews the teacher's blocks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from learners.distillers.base import DistillDims, Distiller, DistillSettings
+from models.prompted_model import ModelOutput
+
+FEATURE_WEIGHT = 0.2
+
+
+class Fusion(nn.Module):
+    """Attention-based fusion of one block's tokens with those of the next deeper one (arXiv 2104.09044, fig. 3).
+
+    Names of the parts are the original's. ``norm2`` of the deepest fusion is never used there either.
+
+    Args:
+        student_dim: Ds.
+        teacher_dim: Dt.
+        deepest: the first in the chain, which has nothing to fuse with.
+    """
+
+    def __init__(self, student_dim: int, teacher_dim: int, *, deepest: bool) -> None:
+        super().__init__()
+        self.proj1 = nn.Linear(student_dim, student_dim)
+        self.norm1 = nn.LayerNorm(student_dim)
+        self.norm2 = nn.LayerNorm(student_dim)
+        self.proj2 = nn.Linear(student_dim, teacher_dim)
+        if deepest:
+            self.norm2.requires_grad_(False)
+        else:
+            self.projz = nn.Linear(student_dim, student_dim)
+            self.normz = nn.LayerNorm(student_dim)
+
+    def forward(self, tokens: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the feature to compare [B, N, Dt] and the fused one to hand on [B, N, Ds]."""
+        x = self.norm1(self.proj1(tokens))
+        if deeper is not None:
+            gate = self.normz(self.projz(torch.stack([x, deeper], dim=1)))  # [B, 2, N, Ds]
+            x = self.norm2(x * gate[:, 0] + deeper * gate[:, 1])
+        return self.proj2(x), x
+
+
+class FusionChain(nn.Module):
+    """Fusions of all student blocks, the deepest first (``abfs.0``)."""
+
+    def __init__(self, student_dim: int, teacher_dim: int, depth: int) -> None:
+        super().__init__()
+        fusions = [Fusion(student_dim, teacher_dim, deepest=index == 0) for index in range(depth)]
+        self.abfs = nn.ModuleList(fusions)
+
+    def forward(self, blocks: tuple[Tensor, ...]) -> list[Tensor]:
+        """Features to compare with the teacher's, in the order of the blocks (shallow first)."""
+        features: list[Tensor] = []
+        handed_on = None
+        for fusion, tokens in zip(self.abfs, reversed(blocks), strict=True):
+            feature, handed_on = fusion(tokens, handed_on)
+            features.append(feature)
+        return features[::-1]
+
+
+class ReviewKD(Distiller):
+    """KD, and 0.2 times the mean over the student's blocks of the MSE to the teacher's last L_s blocks."""
+
+    needs_blocks = True
+
+    def __init__(self, settings: DistillSettings, dims: DistillDims) -> None:
+        super().__init__(settings, dims)
+        if dims.teacher_depth < dims.student_depth:
+            raise ValueError(
+                f"ReviewKD compares {dims.student_depth} student blocks with as many of the teacher, "
+                f"which has {dims.teacher_depth}"
+            )
+        self.ReviewKD_layers = FusionChain(dims.student_dim, dims.teacher_dim, dims.student_depth)
+
+    def feature(self, student: ModelOutput, teacher: ModelOutput | None) -> Tensor:
+        fused = self.ReviewKD_layers(student.blocks)
+        targets = teacher.blocks[-len(fused) :]
+        losses = [F.mse_loss(f.float(), t.float()) for f, t in zip(fused, targets, strict=True)]
+        return FEATURE_WEIGHT * torch.stack(losses).mean()

@@ -1,0 +1,227 @@
+"""One training or evaluation step, from images to losses and counts: the unit that runs on a device.
+
+A step holds every trained parameter and makes the losses itself, so that several devices exchange scalars and
+gradients only. Everything it returns is a vector of one element per replica: losses are averaged over
+replicas, counts are summed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dataloaders.tasks import ClassRange
+from learners.distillers.base import Distiller, task_cross_entropy
+from models.prompted_model import ModelOutput, PromptedModel
+from models.vit import PromptedViT
+
+LOSS = "loss"
+CORRECT = "correct"
+
+
+class Step(nn.Module):
+    """Base of the training steps.
+
+    Args:
+        query_vit: the frozen ViT that gives the query (the student's backbone, without prompts).
+        aux_loss_scale: factor of prompt and feature losses; 2.0 reproduces the original on two GPUs, which
+            sums these losses over its replicas.
+        class_weights: a weight for each class [C] in the cross entropy, or None.
+        autocast_dtype: dtype of the frozen backbones' arithmetic, or None for float32 throughout.
+    """
+
+    def __init__(
+        self,
+        query_vit: PromptedViT,
+        *,
+        aux_loss_scale: float = 1.0,
+        class_weights: Tensor | None = None,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.query_vit = query_vit
+        self.aux_loss_scale = aux_loss_scale
+        self.autocast_dtype = autocast_dtype
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimizer of this phase updates."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def _result(self, terms: dict[str, Tensor], predicted: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Total loss, its terms and the number of correct predictions, [1] each."""
+        result = {LOSS: sum(terms.values()).reshape(1)}
+        result |= {name: term.detach().reshape(1) for name, term in terms.items()}
+        result[CORRECT] = (predicted.detach().argmax(1) == targets).sum().reshape(1)
+        return result
+
+    def _predicted(self, logits: Tensor, classes: ClassRange) -> Tensor:
+        """Logits with all but ``classes`` at -inf, so that argmax gives a label."""
+        masked = logits.new_full(logits.shape, float("-inf"))
+        masked[:, classes.start : classes.stop] = logits.detach()[:, classes.start : classes.stop]
+        return masked
+
+
+class TeacherStep(Step):
+    """``CE(current task's columns) + aux_loss_scale * prompt loss`` for the teacher (SPEC section 4)."""
+
+    def __init__(self, query_vit: PromptedViT, teacher: PromptedModel, **options) -> None:
+        super().__init__(query_vit, **options)
+        self.teacher = teacher
+
+    def forward(self, images: Tensor, targets: Tensor, classes: ClassRange) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1].
+            targets: labels [B].
+            classes: columns that compete.
+
+        Returns:
+            ``loss`` (with gradient), its terms ``ce`` and ``prompt``, and ``correct``, [1] each.
+        """
+        with autocast(images.device, self.autocast_dtype):
+            query, _ = make_query(self.query_vit, images)
+            with torch.no_grad():
+                tokens = self.teacher.vit.embed(images)
+            output = self.teacher(tokens, query)
+        terms = {
+            "ce": task_cross_entropy(output.logits, targets, classes, self.class_weights),
+            "prompt": self.aux_loss_scale * output.prompt_loss,
+        }
+        return self._result(terms, self._predicted(output.logits, classes), targets)
+
+
+class StudentStep(Step):
+    """The student's objective, with the frozen teacher inside (SPEC section 5).
+
+    Args:
+        query_vit: the student's backbone.
+        student: trained.
+        distiller: trained with the student.
+        teacher: evaluated without gradient; None where the method needs none.
+    """
+
+    def __init__(
+        self,
+        query_vit: PromptedViT,
+        student: PromptedModel,
+        distiller: Distiller,
+        teacher: PromptedModel | None,
+        **options,
+    ) -> None:
+        super().__init__(query_vit, **options)
+        self.student = student
+        self.distiller = distiller
+        self.teacher = teacher
+
+    def train(self, mode: bool = True) -> StudentStep:
+        """The teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        parts = (self.student, self.distiller)
+        return [p for part in parts for p in part.parameters() if p.requires_grad]
+
+    def forward(self, images: Tensor, targets: Tensor, classes: ClassRange) -> dict[str, Tensor]:
+        """Losses of a batch; arguments and result as in :meth:`TeacherStep.forward`.
+
+        The terms are ``ce``, ``distill``, ``feature`` (where the method has them) and ``prompt``.
+        """
+        with autocast(images.device, self.autocast_dtype):
+            query, tokens = make_query(self.query_vit, images)
+            teacher = self._teach(images, query)
+            inputs = self.distiller.student_inputs()
+            student = self.student(tokens, query, inputs, return_blocks=self.distiller.needs_blocks)
+            predicted = self.distiller.predict(student)
+            terms = self.distiller(student, teacher, targets, classes, self.class_weights)
+        if "feature" in terms:
+            terms["feature"] = self.aux_loss_scale * terms["feature"]
+        terms["prompt"] = self.aux_loss_scale * student.prompt_loss
+        return self._result(terms, self._predicted(predicted, classes), targets)
+
+    def _teach(self, images: Tensor, query: Tensor) -> ModelOutput | None:
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            tokens = self.teacher.vit.embed(images)
+            return self.teacher(tokens, query, return_blocks=self.distiller.needs_blocks)
+
+
+class EvalStep(nn.Module):
+    """Correct predictions of teacher and student over all classes seen, from one query.
+
+    Args:
+        query_vit: the student's backbone.
+        student: in evaluation mode during the forward pass.
+        distiller: turns the student's output into its answer.
+        teacher: or None.
+        autocast_dtype: as in :class:`Step`.
+    """
+
+    def __init__(
+        self,
+        query_vit: PromptedViT,
+        student: PromptedModel,
+        distiller: Distiller,
+        teacher: PromptedModel | None,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.query_vit = query_vit
+        self.student = student
+        self.distiller = distiller
+        self.teacher = teacher
+        self.autocast_dtype = autocast_dtype
+        self.eval()
+
+    @torch.no_grad()
+    def logits(self, images: Tensor, seen: int) -> dict[str, Tensor]:
+        """Logits [B, seen] of ``student`` and, where there is one, ``teacher``."""
+        with autocast(images.device, self.autocast_dtype):
+            query, tokens = make_query(self.query_vit, images)
+            output = self.student(tokens, query, self.distiller.student_inputs())
+            result = {"student": self.distiller.predict(output)}
+            if self.teacher is not None:
+                result["teacher"] = self.teacher(self.teacher.vit.embed(images), query).logits
+        return {role: logits[:, :seen].float() for role, logits in result.items()}
+
+    def forward(self, images: Tensor, targets: Tensor, seen: int) -> dict[str, Tensor]:
+        """Number of correct top-1 answers among the first ``seen`` classes, [1] per model."""
+        logits = self.logits(images, seen)
+        return {role: (x.argmax(1) == targets).sum().reshape(1) for role, x in logits.items()}
+
+
+def make_query(vit: PromptedViT, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The query [B, Dq] (final-norm class token, no prompts, no gradient), and the embedded tokens."""
+    with torch.no_grad():
+        tokens = vit.embed(images)
+        return vit(tokens).cls, tokens
+
+
+@contextlib.contextmanager
+def evaluation_mode(modules: Sequence[nn.Module | None]) -> Iterator[None]:
+    """Put the modules into evaluation mode for the block, then back into the mode each was in."""
+    present = [module for module in modules if module is not None]
+    modes = [module.training for module in present]
+    for module in present:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(present, modes, strict=True):
+            module.train(mode)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Arithmetic of the frozen backbones in ``dtype`` (None: float32)."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)

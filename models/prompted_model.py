@@ -1,0 +1,89 @@
+"""Backbone, prompt pool and linear head: what the teacher is and what the student is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from models.prompts.base import PromptPool
+from models.vit import KV, LayerPrompt, PromptedViT
+
+
+class StudentInputs(NamedTuple):
+    """What a KD method gives the student: keys and values appended in each block, extra tokens [T, D]."""
+
+    suffixes: Sequence[KV | None] | None = None
+    extra_tokens: Tensor | None = None
+
+
+class ModelOutput(NamedTuple):
+    """Result of a prompted model.
+
+    Attributes:
+        logits: of the class token's head, [B, C].
+        extra: final-norm extra tokens, [B, T, D].
+        blocks: outputs of all blocks, L x [B, N + T, D]; () unless asked for.
+        prompt_loss: the pool's loss, a scalar.
+    """
+
+    logits: Tensor
+    extra: Tensor
+    blocks: tuple[Tensor, ...]
+    prompt_loss: Tensor
+
+
+class PromptedModel(nn.Module):
+    """A frozen ViT with a prompt pool (``prompt``) and a linear head over all classes (``last``).
+
+    Args:
+        vit: frozen backbone; several models may share one.
+        prompt: prompt pool.
+        num_classes: C, all classes of all tasks.
+    """
+
+    def __init__(self, vit: PromptedViT, prompt: PromptPool, num_classes: int) -> None:
+        super().__init__()
+        self.vit = vit
+        self.prompt = prompt
+        self.last = nn.Linear(vit.embed_dim, num_classes)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        query: Tensor,
+        inputs: StudentInputs | None = None,
+        *,
+        return_blocks: bool = False,
+    ) -> ModelOutput:
+        """Classify embedded images.
+
+        Args:
+            tokens: ``vit.embed(images)``, [B, N, D].
+            query: selects the prompts, [B, Dq].
+            inputs: what a KD method injects.
+            return_blocks: also return the outputs of all blocks.
+        """
+        prompts, prompt_loss = self.prompt(query)
+        inputs = inputs or StudentInputs()
+        if inputs.suffixes is not None:
+            pairs = zip(prompts, inputs.suffixes, strict=True)
+            prompts = [LayerPrompt(layer.prefix, suffix) for layer, suffix in pairs]
+        features = self.vit(tokens, prompts, inputs.extra_tokens, return_blocks=return_blocks)
+        return ModelOutput(self.last(features.cls), features.extra, features.blocks, prompt_loss)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Pool and head under the original's names (``prompt.e_p_0``, ``last.weight``)."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("vit.")}
+
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load what :meth:`trained_state` returned.
+
+        Raises:
+            RuntimeError: a name or shape does not fit.
+        """
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        missing = [key for key in missing if not key.startswith("vit.")]
+        if missing or unexpected:
+            raise RuntimeError(f"the state lacks {missing} and has unknown {unexpected}")

@@ -1,0 +1,73 @@
+"""What every prompt pool is: a query goes in, one prefix per block and a loss come out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.vit import LayerPrompt
+
+
+class PromptDims(NamedTuple):
+    """Sizes a pool needs: width of the query, width and depth of the backbone, number of tasks T."""
+
+    query_dim: int
+    embed_dim: int
+    depth: int
+    num_tasks: int
+
+
+class PromptOutput(NamedTuple):
+    """One :class:`LayerPrompt` per block of the backbone, and the pool's loss, a scalar."""
+
+    layers: Sequence[LayerPrompt]
+    loss: Tensor
+
+
+class PromptPool(nn.Module):
+    """Base of all prompt pools.
+
+    A pool selects by a query [B, Dq] and knows neither the backbone nor the KD method. It behaves by
+    ``self.training``: in training it may use the current task, in evaluation it may not.
+
+    Args:
+        dims: sizes of query, backbone and task stream.
+    """
+
+    def __init__(self, dims: PromptDims) -> None:
+        super().__init__()
+        self.dims = dims
+        self.task = 0
+
+    def begin_task(self, task: int, generator: torch.Generator) -> None:
+        """Get ready to learn ``task`` (from 0); parameters change in place, they are never replaced."""
+        self.task = task
+
+    def forward(self, query: Tensor) -> PromptOutput:
+        """Prompts for a batch; ``query`` is [B, Dq] without gradient."""
+        raise NotImplementedError
+
+    def usage(self, query: Tensor) -> dict[str, Tensor]:
+        """How much of each entry a batch selects: layer name -> [M], summed over the batch."""
+        raise NotImplementedError
+
+    def blocks(self, candidates: Sequence[int]) -> list[int]:
+        """Those of ``candidates`` that this backbone has; a shallow ViT lacks the later ones."""
+        return [block for block in candidates if block < self.dims.depth]
+
+    def no_prompts(self) -> list[LayerPrompt]:
+        return [LayerPrompt()] * self.dims.depth
+
+
+def uniform_parameter(*shape: int) -> nn.Parameter:
+    """A parameter drawn uniformly from [0, 1), as all prompts of the paper start."""
+    return nn.Parameter(torch.rand(*shape))
+
+
+def cosine_similarity(query: Tensor, keys: Tensor) -> Tensor:
+    """Cosine of each query [B, D] with each key [M, D]: [B, M]."""
+    return F.normalize(query, dim=1) @ F.normalize(keys, dim=1).T

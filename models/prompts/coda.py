@@ -1,0 +1,148 @@
+"""CODA-Prompt (Smith et al., CVPR 2023, arXiv 2211.13218): prompts as weighted sums of components."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.prompts.base import PromptDims, PromptOutput, PromptPool
+from models.vit import LayerPrompt, split_prompt
+
+_MIN_SQUARED_NORM = 1e-8
+
+
+class CODAPrompt(PromptPool):
+    """A pool of M components on blocks 0 to 4, of which each task adds M // T (arXiv 2211.13218, section 4).
+
+    Parameters per block l: components ``e_p_l`` [M, length, D], keys ``e_k_l`` [M, Dq] and attention
+    ``e_a_l`` [M, Dq].
+
+    Args:
+        pool: M, number of components.
+        length: prompt length, split evenly in keys and values.
+        ortho_weight: weight of the orthogonality penalty; 0 switches it off.
+        dims: sizes.
+    """
+
+    def __init__(self, *, pool: int, length: int, ortho_weight: float, dims: PromptDims) -> None:
+        super().__init__(dims)
+        self.per_task = pool // dims.num_tasks
+        if self.per_task == 0:
+            raise ValueError(f"a pool of {pool} components cannot serve {dims.num_tasks} tasks")
+        self.ortho_weight = ortho_weight
+        self.layers = self.blocks(range(5))
+        for layer in self.layers:
+            self.register_parameter(f"e_p_{layer}", nn.Parameter(torch.zeros(pool, length, dims.embed_dim)))
+            self.register_parameter(f"e_k_{layer}", nn.Parameter(torch.zeros(pool, dims.query_dim)))
+            self.register_parameter(f"e_a_{layer}", nn.Parameter(torch.zeros(pool, dims.query_dim)))
+        self.begin_task(0, torch.default_generator)
+
+    def begin_task(self, task: int, generator: torch.Generator) -> None:
+        """Grow the pool: draw the task's components anew, orthogonal to all earlier ones."""
+        super().begin_task(task, generator)
+        start, stop = self._components()
+        for layer in self.layers:
+            for parameter in self._tensors(layer):
+                width = parameter[0].numel()
+                draws = torch.randn(stop - start, width, generator=generator)
+                grown = gram_schmidt_growth(parameter.detach().cpu(), draws, start)
+                with torch.no_grad():
+                    parameter.copy_(grown)
+
+    def forward(self, query: Tensor) -> PromptOutput:
+        prompts = self.no_prompts()
+        loss = query.new_zeros(())
+        for layer in self.layers:
+            p, keys, attention = self._visible(layer)
+            weights = component_weights(query, keys, attention)  # [B, f]
+            prompt = (weights @ p.flatten(1)).unflatten(1, p.shape[1:])  # [B, length, D]
+            prompts[layer] = LayerPrompt(prefix=split_prompt(prompt))
+            if self.training and self.ortho_weight > 0:
+                penalty = sum(orthogonality(x) for x in (keys, attention, p.flatten(1)))
+                loss = loss + self.ortho_weight * penalty
+        return PromptOutput(prompts, loss)
+
+    def usage(self, query: Tensor) -> dict[str, Tensor]:
+        """Sum over the batch of each component's weight, per block."""
+        pool = len(self.get_parameter(f"e_k_{self.layers[0]}"))
+        result = {}
+        for layer in self.layers:
+            _, keys, attention = self._visible(layer)
+            total = query.new_zeros(pool)
+            total[: len(keys)] = component_weights(query, keys, attention).sum(0)
+            result[f"block {layer}"] = total
+        return result
+
+    def _components(self) -> tuple[int, int]:
+        """The current task's components, [start, stop)."""
+        return self.task * self.per_task, (self.task + 1) * self.per_task
+
+    def _tensors(self, layer: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        # The order, keys before attention before components, is the order of the random draws.
+        return tuple(self.get_parameter(f"e_{kind}_{layer}") for kind in ("k", "a", "p"))
+
+    def _visible(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Components, keys and attention up to the current task; past ones without gradient in training."""
+        start, stop = self._components()
+        keys, attention, p = (
+            torch.cat([x[:start].detach(), x[start:stop]]) if self.training else x[:stop]
+            for x in self._tensors(layer)
+        )
+        return p, keys, attention
+
+
+def component_weights(query: Tensor, keys: Tensor, attention: Tensor) -> Tensor:
+    """``w[b, m] = cos(q_b * A_m, K_m)``, arXiv 2211.13218 eq. 5, as two matrix products.
+
+    Args:
+        query: [B, D].
+        keys: K, [M, D].
+        attention: A, [M, D].
+
+    Returns:
+        [B, M]. No softmax is applied.
+    """
+    unit_keys = nn.functional.normalize(keys, dim=1)
+    # cos(q * A, K) = sum_d q A K / (|q * A| |K|): no [B, M, D] tensor is needed.
+    dot = query @ (attention * unit_keys).T
+    squared_norm = query.square() @ attention.square().T
+    return dot / squared_norm.clamp_min(1e-24).sqrt()
+
+
+def orthogonality(x: Tensor) -> Tensor:
+    """``mean((X X^T - I)^2)`` of rows X [M, D], arXiv 2211.13218 eq. 7."""
+    return (x @ x.T - torch.eye(len(x), device=x.device, dtype=x.dtype)).square().mean()
+
+
+def gram_schmidt_growth(before: Tensor, draws: Tensor, start: int) -> Tensor:
+    """Draw components anew, orthogonal to all earlier ones by classical Gram-Schmidt.
+
+    Rows before ``start`` stay; row start + i becomes ``draws[i]`` less its projections, each computed from
+    the draw itself, on all earlier rows as they stand: learned rows are neither orthogonal nor unit length,
+    and the new ones are normalised only after all are made. Rows past the new ones become 0.
+
+    Args:
+        before: [M, ...], flattened to [M, width].
+        draws: standard-normal vectors, [new, width].
+        start: index of the first new row.
+
+    Raises:
+        ValueError: an earlier row is (nearly) zero, so that nothing can be projected on it.
+    """
+    stop = start + len(draws)
+    rows = torch.zeros(len(before), draws.shape[1], dtype=torch.float64)
+    rows[:start] = before.flatten(1)[:start]
+    squared_norms = rows.square().sum(1)
+    for index, draw in enumerate(draws.double(), start):
+        if index and squared_norms[:index].min() < _MIN_SQUARED_NORM:
+            zero = int(squared_norms[:index].argmin())
+            raise ValueError(
+                f"component {zero} of the prompt pool has become zero (squared norm {squared_norms[zero]:.1e}), "
+                f"or the pool holds more components per task than the width {draws.shape[1]} has dimensions: "
+                "no new component can be made orthogonal to it. Use a smaller pool or learning rate."
+            )
+        coefficients = rows[:index] @ draw / squared_norms[:index]
+        rows[index] = draw - coefficients @ rows[:index]
+        squared_norms[index] = rows[index].square().sum()
+    rows[start:stop] = nn.functional.normalize(rows[start:stop], dim=1)
+    return rows.view_as(before).to(before.dtype)

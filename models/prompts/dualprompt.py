@@ -1,0 +1,62 @@
+"""DualPrompt (Wang et al., ECCV 2022, arXiv 2204.04799): general and expert prompts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.prompts.base import PromptDims, PromptOutput, PromptPool, cosine_similarity, uniform_parameter
+from models.vit import LayerPrompt, split_prompt
+
+
+class DualPrompt(PromptPool):
+    """G prompts on blocks 0 and 1, the same for every image; one E prompt per task on blocks 2 to 4.
+
+    Parameters: ``g_p_l`` [g_length, D]; ``e_p_l`` [M, e_length, D] and keys ``e_k_l`` [M, Dq].
+
+    Args:
+        pool: M, number of E prompts; at least one for each task.
+        e_length: length of an E prompt, split evenly in keys and values.
+        g_length: length of a G prompt, likewise.
+        dims: sizes.
+    """
+
+    def __init__(self, *, pool: int, e_length: int, g_length: int, dims: PromptDims) -> None:
+        super().__init__(dims)
+        if pool < dims.num_tasks:
+            raise ValueError(f"a pool of {pool} E prompts cannot serve {dims.num_tasks} tasks")
+        self.g_layers = self.blocks(range(2))
+        self.e_layers = self.blocks(range(2, 5))
+        for layer in self.g_layers:
+            self.register_parameter(f"g_p_{layer}", uniform_parameter(g_length, dims.embed_dim))
+        for layer in self.e_layers:
+            self.register_parameter(f"e_p_{layer}", uniform_parameter(pool, e_length, dims.embed_dim))
+            self.register_parameter(f"e_k_{layer}", uniform_parameter(pool, dims.query_dim))
+
+    def forward(self, query: Tensor) -> PromptOutput:
+        prompts = self.no_prompts()
+        loss = query.new_zeros(())
+        for layer in self.g_layers:
+            prompts[layer] = LayerPrompt(prefix=split_prompt(self.get_parameter(f"g_p_{layer}")[None]))
+        for layer in self.e_layers:
+            similarity = self._similarity(query, layer)
+            e_p = self.get_parameter(f"e_p_{layer}")
+            if self.training:
+                prompt = e_p[self.task][None]  # the task is known in training
+                loss = loss + (1 - similarity[:, self.task]).mean()
+            else:
+                prompt = e_p[similarity.argmax(1)]
+            prompts[layer] = LayerPrompt(prefix=split_prompt(prompt))
+        return PromptOutput(prompts, loss)
+
+    def usage(self, query: Tensor) -> dict[str, Tensor]:
+        """How many images choose each E prompt, per block."""
+        result = {}
+        for layer in self.e_layers:
+            similarity = self._similarity(query, layer)
+            chosen = similarity.argmax(1)
+            result[f"block {layer}"] = torch.bincount(chosen, minlength=similarity.shape[1]).float()
+        return result
+
+    def _similarity(self, query: Tensor, layer: int) -> Tensor:
+        return cosine_similarity(query, self.get_parameter(f"e_k_{layer}"))

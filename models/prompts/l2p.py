@@ -1,0 +1,57 @@
+"""L2P (Wang et al., CVPR 2022, arXiv 2112.08654): the five best prompts of a shared pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.prompts.base import PromptDims, PromptOutput, PromptPool, cosine_similarity, uniform_parameter
+from models.vit import KV, LayerPrompt, split_prompt
+
+TOP_K = 5
+
+
+class L2P(PromptPool):
+    """E prompts on block 0, or on blocks 0 to 4 when ``deep``; the 5 best keys are used together.
+
+    Parameters: ``e_p_l`` [M, length, D] and keys ``e_k_l`` [M, Dq].
+
+    Args:
+        pool: M, number of prompts; at least 5.
+        length: length of a prompt, split evenly in keys and values.
+        deep: prompts on five blocks instead of one.
+        dims: sizes.
+    """
+
+    def __init__(self, *, pool: int, length: int, deep: bool, dims: PromptDims) -> None:
+        super().__init__(dims)
+        if pool < TOP_K:
+            raise ValueError(f"L2P selects {TOP_K} prompts, the pool has {pool}")
+        self.layers = self.blocks(range(5 if deep else 1))
+        for layer in self.layers:
+            self.register_parameter(f"e_p_{layer}", uniform_parameter(pool, length, dims.embed_dim))
+            self.register_parameter(f"e_k_{layer}", uniform_parameter(pool, dims.query_dim))
+
+    def forward(self, query: Tensor) -> PromptOutput:
+        prompts = self.no_prompts()
+        loss = query.new_zeros(())
+        for layer in self.layers:
+            best = self._best(query, layer)
+            chosen = split_prompt(self.get_parameter(f"e_p_{layer}")[best.indices])  # [B, 5, P, D]
+            prompts[layer] = LayerPrompt(prefix=KV(chosen.key.flatten(1, 2), chosen.value.flatten(1, 2)))
+            if self.training:
+                loss = loss + (1 - best.values).sum(1).mean()  # arXiv 2112.08654 eq. 5
+        return PromptOutput(prompts, loss)
+
+    def usage(self, query: Tensor) -> dict[str, Tensor]:
+        """How many images choose each prompt, per block (five choices an image)."""
+        return {
+            f"block {layer}": torch.bincount(
+                self._best(query, layer).indices.flatten(), minlength=len(self.get_parameter(f"e_k_{layer}"))
+            ).float()
+            for layer in self.layers
+        }
+
+    def _best(self, query: Tensor, layer: int) -> torch.return_types.topk:
+        """Similarities and indices of the five nearest keys, [B, 5] each."""
+        return cosine_similarity(query, self.get_parameter(f"e_k_{layer}")).topk(TOP_K, dim=1)

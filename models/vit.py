@@ -1,0 +1,206 @@
+"""A frozen timm Vision Transformer whose attention also reads prompts (SPEC: prefix tuning).
+
+Shapes here and in the modules above: B batch, N = 1 + registers + patches, T extra tokens, D width,
+L blocks, P prompt length per key or value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+
+class UnsupportedBackboneError(ValueError):
+    """A network that is no plain ViT with a class token; the message says what is missing."""
+
+
+class KV(NamedTuple):
+    """Prompt keys and values, [B, P, D] each, or [1, P, D] when every image has the same."""
+
+    key: Tensor
+    value: Tensor
+
+
+class LayerPrompt(NamedTuple):
+    """What one block's attention reads besides the tokens: ``keys = [prefix; K(tokens); suffix]``."""
+
+    prefix: KV | None = None
+    suffix: KV | None = None
+
+
+class ViTOutput(NamedTuple):
+    """Result of a forward pass.
+
+    Attributes:
+        cls: final-norm class token, [B, D].
+        extra: final-norm extra tokens, [B, T, D] (T may be 0).
+        blocks: output of every block before the final norm, L x [B, N + T, D]; () unless asked for.
+    """
+
+    cls: Tensor
+    extra: Tensor
+    blocks: tuple[Tensor, ...]
+
+
+def split_prompt(prompt: Tensor) -> KV:
+    """Split prompts [..., P, D] in two halves: the first P/2 are keys, the rest values."""
+    half = prompt.shape[-2] // 2
+    return KV(prompt[..., :half, :], prompt[..., half:, :])
+
+
+class PromptedViT(nn.Module):
+    """Wrap a timm ``VisionTransformer`` so that prompts and extra tokens can be injected.
+
+    All its weights are frozen and it always runs in evaluation mode: gradients pass through it to the
+    prompts, none reach its weights, so no linear layer keeps its input for the backward pass.
+
+    Args:
+        vit: timm model with a class token and plain pre-norm blocks.
+
+    Raises:
+        UnsupportedBackboneError: the model has no class token or other blocks than timm's ``Block``.
+    """
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        check_supported(vit)
+        self.vit = vit.eval().requires_grad_(False)
+        # timm moves the last norm behind the pooling for average-pooled models.
+        self.final_norm = vit.norm if not isinstance(vit.norm, nn.Identity) else vit.fc_norm
+
+    @property
+    def embed_dim(self) -> int:
+        return self.vit.embed_dim
+
+    @property
+    def depth(self) -> int:
+        return len(self.vit.blocks)
+
+    @property
+    def num_heads(self) -> int:
+        return self.vit.blocks[0].attn.num_heads
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images it expects, in pixels."""
+        return self.vit.patch_embed.img_size[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """N: class token, registers and patches."""
+        return self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
+
+    def train(self, mode: bool = True) -> PromptedViT:
+        """Stay in evaluation mode: the backbone is frozen (no dropout, no drop-path)."""
+        return super().train(False)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Turn images [B, 3, H, W] in [0, 1] into the tokens [B, N, D] that enter block 0."""
+        tokens = self.vit._pos_embed(self.vit.patch_embed(images))
+        return self.vit.norm_pre(tokens)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        prompts: Sequence[LayerPrompt] | None = None,
+        extra_tokens: Tensor | None = None,
+        *,
+        return_blocks: bool = False,
+    ) -> ViTOutput:
+        """Run the blocks.
+
+        Args:
+            tokens: what :meth:`embed` returned, [B, N, D].
+            prompts: one entry per block, or None for none.
+            extra_tokens: [T, D], appended to every image's tokens without position embedding.
+            return_blocks: also return every block's output. Without it, the last block computes queries,
+                projection and MLP of the class and extra tokens only, since nothing else is read.
+        """
+        batch, num_tokens, _ = tokens.shape
+        if extra_tokens is not None:
+            extra = extra_tokens.to(tokens.dtype).expand(batch, -1, -1)
+            tokens = torch.cat([tokens, extra], dim=1)
+        blocks: list[Tensor] = []
+        last = self.depth - 1
+        for index, block in enumerate(self.vit.blocks):
+            prompt = prompts[index] if prompts is not None else LayerPrompt()
+            read = num_tokens if index == last and not return_blocks else None
+            tokens = _run_block(block, tokens, prompt, read_from=read)
+            if return_blocks:
+                blocks.append(tokens)
+        if return_blocks:
+            tokens = _read_rows(tokens, num_tokens)
+        normed = self.final_norm(tokens)  # [B, 1 + T, D]
+        return ViTOutput(normed[:, 0], normed[:, 1:], tuple(blocks))
+
+
+def check_supported(vit: nn.Module) -> None:
+    """Raise :class:`UnsupportedBackboneError` with the reason when prompts cannot be injected into ``vit``."""
+    name = type(vit).__name__
+    if not isinstance(vit, VisionTransformer):
+        raise UnsupportedBackboneError(f"{name} is not a timm VisionTransformer; choose a vit_* or deit* model.")
+    if vit.cls_token is None:
+        raise UnsupportedBackboneError("this ViT has no class token, which is what the head reads; choose another.")
+    for block in vit.blocks:
+        if type(block) is not Block or type(block.attn) is not Attention or block.attn.gate is not None:
+            raise UnsupportedBackboneError(
+                f"this ViT is built of {type(block).__name__} with {type(block.attn).__name__}; "
+                "only plain pre-norm blocks with standard attention can read prompts."
+            )
+
+
+def _read_rows(tokens: Tensor, num_tokens: int) -> Tensor:
+    """The rows that are read at the end: class token and extra tokens, [B, 1 + T, D]."""
+    if tokens.shape[1] == num_tokens:
+        return tokens[:, :1]
+    return torch.cat([tokens[:, :1], tokens[:, num_tokens:]], dim=1)
+
+
+def _run_block(block: Block, tokens: Tensor, prompt: LayerPrompt, read_from: int | None) -> Tensor:
+    """One pre-norm block; with ``read_from`` = N only the class and extra rows come out, [B, 1 + T, D]."""
+    normed = block.norm1(tokens)
+    if read_from is None:
+        queries_from = None
+    else:
+        queries_from = _read_rows(normed, read_from)
+        tokens = _read_rows(tokens, read_from)
+    tokens = tokens + block.ls1(_attend(block.attn, normed, prompt, queries_from))
+    return tokens + block.ls2(block.mlp(block.norm2(tokens)))
+
+
+def _attend(attn: Attention, tokens: Tensor, prompt: LayerPrompt, queries_from: Tensor | None) -> Tensor:
+    """Attention of ``queries_from`` [B, Q, D] (default: all tokens) over prompts and tokens [B, N, D]."""
+    query, key, value = _project(attn, tokens, queries_from)  # [B, *, heads, head_dim]
+    query, key = attn.q_norm(query), attn.k_norm(key)
+    parts = [prompt.prefix, KV(key, value), prompt.suffix]
+    if prompt.prefix is not None or prompt.suffix is not None:
+        key = torch.cat([_heads(part.key, key) for part in parts if part is not None], dim=1)
+        value = torch.cat([_heads(part.value, value) for part in parts if part is not None], dim=1)
+    mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2)))
+
+
+def _project(attn: Attention, tokens: Tensor, queries_from: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, [B, *, heads, head_dim] each."""
+    heads = (attn.num_heads, attn.head_dim)
+    if queries_from is None:
+        return attn.qkv(tokens).unflatten(-1, (3, *heads)).unbind(2)
+    width = attn.attn_dim
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+    query = F.linear(queries_from, weight[:width], bias_q).unflatten(-1, heads)
+    key, value = F.linear(tokens, weight[width:], bias_kv).unflatten(-1, (2, *heads)).unbind(2)
+    return query, key, value
+
+
+def _heads(part: Tensor, like: Tensor) -> Tensor:
+    """Bring prompt keys or values [B or 1, P, D] to ``like``'s layout [B, P, heads, head_dim]."""
+    if part.dim() == 3:
+        part = part.unflatten(-1, like.shape[2:])
+    return part.to(like.dtype).expand(like.shape[0], -1, -1, -1)

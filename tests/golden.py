@@ -1,0 +1,197 @@
+"""Compare the project with numbers recorded from the authors' implementation.
+
+    python -m tests.golden CASE_DIR... [--outputs DIR]
+
+drives the project's own learner, steps, optimizers and schedules over a recorded case. Without ``--outputs`` it
+compares with the case's ``expected.npz``, prints the worst error of each kind and exits 1 beyond the limits;
+with it, it needs ``case.json`` and ``inputs.npz`` only and writes ``DIR/<case>.npz`` with the keys of
+``expected.npz``. The error of a value is ``|value - expected| / (0.1 + |expected|)``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+# Adam turns the sign of a vanishing gradient into a full step, so where a gradient is rounding noise (the
+# orthogonality penalty of orthonormal components) parameters depend on the order of sums in a matrix product,
+# which MKL chooses by CPU model. This fixes one order on all CPUs; it must be set before torch is loaded.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from dataloaders.tasks import ClassRange
+from learners.build import build_learner
+from learners.distillers.base import DistillSettings
+from learners.optim import OptimSettings
+from learners.prompt import PromptLearner
+from models.vit import PromptedViT
+from utils.parallel import SingleDevice
+
+LIMITS = {"loss": 1e-4, "logits": 1e-4, "lr": 1e-4, "eval": 1e-4, "parameters": 1e-3}
+# Gradients of biases ahead of a LayerNorm are rounding noise that Adam amplifies: these parameters are judged
+# by the losses and the evaluation logits alone.
+UNJUDGED = "ReviewKD_layers."
+
+
+class GoldenCase:
+    """Inputs of one recorded case and the learner built for it.
+
+    Args:
+        folder: holds ``case.json`` and ``inputs.npz``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.name = folder.name
+        self.settings = json.loads((folder / "case.json").read_text())
+        with np.load(folder / "inputs.npz") as archive:
+            self.inputs = {key: torch.from_numpy(archive[key]) for key in archive.files}
+        self.learner = self._build()
+
+    def _backbone(self, role: str) -> PromptedViT:
+        vit = VisionTransformer(num_classes=0, **self.settings[role])
+        vit.load_state_dict(self._under(f"backbone/{role}/"))
+        return PromptedViT(vit)
+
+    def _build(self) -> PromptLearner:
+        s = self.settings
+        layers, length = s["kd_prompt_param"]
+        return build_learner(
+            learner_name=s["learner_name"],
+            prompt_param=s["prompt_param"],
+            kd_method=s["KD_method"],
+            distill=DistillSettings(s["kd_alpha"], s["Soft_T"], int(layers), int(length)),
+            teacher_vit=self._backbone("teacher"),
+            student_vit=self._backbone("student"),
+            num_classes=s["num_tasks"] * s["classes_per_task"],
+            num_tasks=s["num_tasks"],
+            optim=OptimSettings(
+                s["optimizer"], s["lr"], s["momentum"], s["weight_decay"], s["schedule_type"], s["schedule"]
+            ),
+            aux_loss_scale=s.get("aux_loss_scale", 1.0),
+            seed=0,
+            parallel=SingleDevice(torch.device("cpu")),
+        )
+
+    def _under(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {key[len(prefix) :]: value for key, value in self.inputs.items() if key.startswith(prefix)}
+
+    def run(self) -> dict[str, np.ndarray]:
+        """Learn all tasks; return every recorded quantity under its key in ``expected.npz``."""
+        outputs: dict[str, np.ndarray] = {}
+        for task in range(self.settings["num_tasks"]):
+            outputs |= self._run_task(task)
+        return outputs
+
+    def _run_task(self, task: int) -> dict[str, np.ndarray]:
+        per_task = self.settings["classes_per_task"]
+        classes = ClassRange(task * per_task, (task + 1) * per_task)
+        self.learner.begin_task(task)
+        outputs = {}
+        for role in self.learner.phases:
+            start = self._under(f"task{task}/start/{role}/")
+            self.learner.load_state(role, self.learner.state(role) | start)
+        for phase in self.learner.phases:
+            for key, value in self._run_phase(task, phase, classes):
+                outputs[f"task{task}/{phase}/{key}"] = _numpy(value)
+        logits = self.learner.eval_step().logits(self.inputs["eval/images"], classes.stop)
+        for role in self.learner.phases:
+            outputs[f"task{task}/eval/{role}_logits"] = _numpy(logits[role])
+            for name, value in self.learner.state(role).items():
+                outputs[f"task{task}/end/{role}/{name}"] = _numpy(value).copy()
+        return outputs
+
+    def _run_phase(self, task: int, role: str, classes: ClassRange) -> Iterator[tuple[str, object]]:
+        """Train one model on the recorded batches; yield what was recorded of each step."""
+        phase = self.learner.begin_phase(role, classes)
+        images, labels = self.inputs[f"task{task}/images"], self.inputs[f"task{task}/labels"]
+        seen: dict[str, torch.Tensor] = {}
+        hook = self.learner.teacher.register_forward_hook(
+            lambda _module, _args, output: seen.update(logits=output.logits.detach())
+        )
+        for index in range(len(images)):
+            if index % self.settings["steps_per_epoch"] == 0:
+                phase.begin_epoch(index // self.settings["steps_per_epoch"])
+            result = phase.train_step(images[index], labels[index])
+            logits = seen["logits"][:, classes.start : classes.stop]
+            yield f"step{index}/loss", result["loss"]
+            if role == "teacher":
+                yield f"step{index}/logits", logits
+                yield f"step{index}/lr", np.float64(phase.lr)
+            else:
+                yield f"step{index}/teacher_logits", logits
+                yield f"step{index}/distill_loss", result.get("distill", torch.zeros(()))
+                yield f"step{index}/feature_loss", result.get("feature", torch.zeros(()))
+        hook.remove()
+
+
+def _numpy(value: object) -> np.ndarray:
+    return value.numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+
+def relative_error(value: np.ndarray, expected: np.ndarray) -> float:
+    """Largest ``|value - expected| / (0.1 + |expected|)`` of two arrays; infinite where shapes differ."""
+    if value.shape != expected.shape:
+        return float("inf")
+    error = np.abs(value - expected) / (0.1 + np.abs(expected))
+    return float(np.nan_to_num(error, nan=np.inf).max(initial=0.0))
+
+
+def kind(key: str) -> str:
+    """Which limit a key of ``expected.npz`` falls under."""
+    if "/end/" in key:
+        return "parameters"
+    if "/eval/" in key:
+        return "eval"
+    last = key.rsplit("/", 1)[1]
+    return last if last == "lr" else "logits" if last.endswith("logits") else "loss"
+
+
+def compare(outputs: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict[str, float]:
+    """Worst error of each kind; a missing key counts as an infinite error."""
+    worst: dict[str, float] = defaultdict(float)
+    for key, value in expected.items():
+        if UNJUDGED not in key:
+            error = relative_error(outputs[key], value) if key in outputs else float("inf")
+            worst[kind(key)] = max(worst[kind(key)], error)
+    return dict(worst)
+
+
+def check_case(folder: Path) -> dict[str, float]:
+    """Run a case and compare it with its ``expected.npz``."""
+    with np.load(folder / "expected.npz") as archive:
+        expected = {key: archive[key] for key in archive.files}
+    return compare(GoldenCase(folder).run(), expected)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__.split("\n")[0])
+    parser.add_argument("cases", nargs="+", type=Path, metavar="CASE_DIR")
+    parser.add_argument("--outputs", type=Path, help="write DIR/<case>.npz instead of comparing")
+    args = parser.parse_args(argv)
+    for folder in args.cases:
+        if not (folder / "case.json").is_file():
+            parser.error(f"{folder} holds no case.json; name folders of recorded cases")
+    failed = False
+    for folder in args.cases:
+        if args.outputs:
+            args.outputs.mkdir(parents=True, exist_ok=True)
+            np.savez(args.outputs / f"{folder.resolve().name}.npz", **GoldenCase(folder).run())
+            continue
+        worst = check_case(folder)
+        bad = [name for name, error in worst.items() if error > LIMITS[name]]
+        failed |= bool(bad)
+        errors = "  ".join(f"{name} {error:.1e}" for name, error in sorted(worst.items()))
+        print(f"{folder.name}: {errors}  {'BEYOND THE LIMIT: ' + ', '.join(bad) if bad else 'ok'}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
