@@ -615,7 +615,7 @@ def _read_yaml(path: Path, parsed: Parsed, *, saved: bool) -> bool:
     return True
 
 
-_LARGEST_FILE = 1 << 20
+_LARGEST_FILE = 1 << 15  # a configuration has 2 KiB; PyYAML takes seconds for megabytes
 
 
 def _load_yaml(path: Path) -> tuple[dict[Any, Any], str]:
@@ -629,7 +629,7 @@ def _load_yaml(path: Path) -> tuple[dict[Any, Any], str]:
     except OSError as error:
         return {}, _unreadable(path, error)
     if len(data) > _LARGEST_FILE:
-        return {}, f"{path} is larger than 1 MiB, so it is no configuration; --config needs a YAML file"
+        return {}, f"{path} is larger than 32 KiB, so it is no configuration; --config needs a YAML file"
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
