@@ -60,6 +60,10 @@ class ImageStore(ABC):
     def name(self, index: int) -> str:
         """Where image ``index`` is, relative to ``dataroot``."""
 
+    def missing(self) -> list[str]:
+        """Names of the images that are not there."""
+        return []
+
 
 class ImageSource(ABC):
     """The raw files of one data set.
@@ -209,6 +213,20 @@ class FileStore(ImageStore):
 
     def name(self, index: int) -> str:
         return self._paths[index]
+
+    def missing(self) -> list[str]:
+        names: dict[str, set[str]] = {}  # a folder is listed once, which is cheaper than a look at each file
+        missing = []
+        for path in self._paths:
+            folder, _, name = path.rpartition("/")
+            if folder not in names:
+                try:
+                    names[folder] = set(os.listdir(os.path.join(self._root, folder)))
+                except OSError:
+                    names[folder] = set()
+            if name not in names[folder]:
+                missing.append(path)
+        return missing
 
 
 class ArrayStore(ImageStore):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,15 +22,3 @@ def preflight(dataset: str, dataroot: str | Path, data_url: str | None = None) -
     if data_url is not None and urlsplit(data_url).scheme not in ("http", "https", "file"):
         problems.append(f"--data_url {data_url}: not an http(s):// or file:// address")
     return problems + DATASETS.load(dataset).preflight(Path(dataroot), data_url)
-
-
-def unwritable(folder: Path) -> str | None:
-    """Why nothing can be written below ``folder``, which may not exist yet; None when something can."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        return f"{existing} is not a folder"
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return f"no permission to write in {existing}"
-    return None

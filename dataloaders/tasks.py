@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from dataloaders.base import DataError, ImageStore, SplitKind, random_state, seeded_split
-from dataloaders.transforms import EvalTransform, TrainTransform
+
+if TYPE_CHECKING:
+    from dataloaders.transforms import EvalTransform, TrainTransform
 
 
 class ClassRange(NamedTuple):
