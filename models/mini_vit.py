@@ -1,0 +1,117 @@
+"""Two small vision transformers for 64-pixel images, and their convolutional stem.
+
+``mini_vit_base`` (the teacher) and ``mini_vit_small`` (the student, and the query network) are timm's
+:class:`VisionTransformer` with :class:`ConvStem` as ``embed_layer``: with few images, convolutions learn
+local features that a plain patch projection does not (Xiao et al., "Early Convolutions Help Transformers
+See Better", 2021). Both take RGB images in [0, 1] without any normalisation. The weights in
+``models/weights`` were made by ``models/pretrain_mini_vit.py``.
+
+Shapes: B batch, N patches (4 x 4 = 16), D width.
+"""
+
+import math
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+IMAGE_SIZE = 64
+PATCH_SIZE = 16
+WEIGHTS_DIR = Path(__file__).resolve().parent / "weights"
+
+
+def weights_path(name: str) -> Path:
+    """The file with the shipped weights of ``mini_vit_base`` or ``mini_vit_small``."""
+    return WEIGHTS_DIR / f"{name}.safetensors"
+
+
+class ConvStem(nn.Module):
+    """Stride-2 3x3 convolutions and a 1x1 projection instead of timm's ``PatchEmbed``.
+
+    One convolution for each halving (four for ``patch_size`` 16), the widths doubling up to
+    ``embed_dim``, each followed by ReLU.
+
+    Args:
+        img_size: side of the square input, pixels.
+        patch_size: pixels per token and side; a power of two.
+        in_chans: input channels.
+        embed_dim: D.
+        norm: put BatchNorm after each convolution, as pre-training does. The shipped weights have it
+            folded into the convolutions (:func:`fold_batchnorm`), which then have a bias.
+        timm_options: what else timm passes to an ``embed_layer``; none of it concerns this stem.
+
+    Raises:
+        ValueError: ``patch_size`` is no power of two or does not divide ``img_size``.
+    """
+
+    def __init__(self, img_size: int = IMAGE_SIZE, patch_size: int = PATCH_SIZE, in_chans: int = 3,
+                 embed_dim: int = 192, norm: bool = False, **timm_options):
+        super().__init__()
+        halvings = int(math.log2(patch_size))
+        if 2**halvings != patch_size or img_size % patch_size:
+            raise ValueError(f"patch_size must be a power of two that divides {img_size}, not {patch_size}")
+        # What timm's VisionTransformer reads from its embedding layer.
+        self.img_size = (img_size, img_size)
+        self.patch_size = (patch_size, patch_size)
+        self.grid_size = (img_size // patch_size, img_size // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+        widths = [in_chans] + [max(16, embed_dim >> (halvings - 1 - i)) for i in range(halvings)]
+        self.body = nn.Sequential(*(
+            nn.Sequential(OrderedDict(
+                conv=nn.Conv2d(before, after, 3, stride=2, padding=1, bias=not norm),
+                norm=nn.BatchNorm2d(after) if norm else nn.Identity(),
+                act=nn.ReLU(inplace=True),
+            ))
+            for before, after in zip(widths[:-1], widths[1:], strict=True)
+        ))
+        self.proj = nn.Conv2d(widths[-1], embed_dim, 1)
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels per token and side, as timm asks for it."""
+        return self.patch_size[0] if as_scalar else self.patch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, 64, 64] -> tokens [B, N, D]."""
+        return self.proj(self.body(images)).flatten(2).transpose(1, 2)
+
+
+def fold_batchnorm(model: VisionTransformer) -> VisionTransformer:
+    """Fold the stem's BatchNorm into its convolutions, in place; the outputs of evaluation stay the same.
+
+    Args:
+        model: a model made with ``norm=True``; it is put into evaluation mode.
+
+    Returns:
+        The same model, its state dict now that of one made with ``norm=False``.
+    """
+    model.eval()
+    for block in model.patch_embed.body:
+        if isinstance(block.norm, nn.BatchNorm2d):
+            block.conv = fuse_conv_bn_eval(block.conv, block.norm)
+            block.norm = nn.Identity()
+    return model
+
+
+def _mini_vit(embed_dim: int, depth: int, num_heads: int, norm: bool, options: dict) -> VisionTransformer:
+    return VisionTransformer(
+        img_size=IMAGE_SIZE, patch_size=PATCH_SIZE, num_classes=0, embed_dim=embed_dim, depth=depth,
+        num_heads=num_heads, embed_layer=partial(ConvStem, norm=norm), **options)
+
+
+def mini_vit_base(norm: bool = False, **options) -> VisionTransformer:
+    """Width 192, 6 blocks, 3 heads, 2.9 M parameters, randomly initialised.
+
+    Args:
+        norm: BatchNorm in the stem, for pre-training.
+        options: further arguments of timm's ``VisionTransformer``.
+    """
+    return _mini_vit(192, 6, 3, norm, options)
+
+
+def mini_vit_small(norm: bool = False, **options) -> VisionTransformer:
+    """Width 96, 4 blocks, 3 heads, 0.5 M parameters, randomly initialised; arguments as above."""
+    return _mini_vit(96, 4, 3, norm, options)

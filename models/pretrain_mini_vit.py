@@ -1,0 +1,345 @@
+"""Pre-train mini_vit_base and mini_vit_small on the base classes of Emoji-R, on one CPU core each.
+
+    python dataloaders/data/emoji_r/build.py --node_modules DIR --out DIR --base base.npz
+    python -m models.pretrain_mini_vit --base base.npz --model mini_vit_base --epochs 60 --out runs/base
+    python -m models.pretrain_mini_vit --base base.npz --model mini_vit_small --epochs 100 --out runs/small
+    python -m models.pretrain_mini_vit --probe
+
+Writes ``OUT/checkpoint.pt`` after every epoch (a killed run continues from there and ends with the same
+weights) and ``OUT/<model>.safetensors``: fp16, BatchNorm folded, for images in [0, 1]. Recipes are judged
+on 60 base classes that are never trained on; ``--probe`` looks at the novel classes, so run it last.
+
+Recipe: cosine classifier over the base classes plus a supervised contrastive loss on pairs (two renditions
+of one class), BatchNorm on the pooled (CLS) feature while training, AdamW, cosine schedule, a quarter of
+the tokens dropped.
+
+Shapes: B batch, D width, C classes.
+"""
+
+import argparse
+import io
+import json
+import logging
+import math
+import os
+import time
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.mini_vit import fold_batchnorm, mini_vit_base, mini_vit_small, weights_path
+
+LOG = logging.getLogger("pretrain")
+NOVEL = Path(__file__).resolve().parents[1] / "dataloaders" / "data" / "emoji_r"
+MODELS = {"mini_vit_base": mini_vit_base, "mini_vit_small": mini_vit_small}
+LEARNING_RATES = {"mini_vit_base": 5e-4, "mini_vit_small": 1.5e-3}
+PAIRS = 64  # classes in a batch, two renditions of each
+WEIGHT_DECAY = 0.05
+WARMUP_STEPS = 100
+LOGIT_SCALE = 20.0
+CONTRASTIVE_TEMPERATURE = 0.1
+TOKEN_DROP = 0.25
+HELD_OUT = 60
+
+
+class Data(NamedTuple):
+    """Images with their labels, which count from 0 without gaps."""
+
+    images: Tensor
+    labels: Tensor
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+
+def load_base(path: Path) -> tuple[Data, Data, Data]:
+    """Read base.npz: training data, and train and test halves of the held-out base classes.
+
+    Returns:
+        Images uint8 [n, 4, 64, 64], colour premultiplied by alpha. The held-out classes have at least 8
+        renditions; those of two artist families are the test images, so that no family is on both sides.
+    """
+    file = np.load(path)
+    images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2)
+    alpha = images[:, 3:].int()
+    images = torch.cat([((images[:, :3].int() * alpha + 127) // 255).byte(), images[:, 3:]], 1)
+    labels = torch.from_numpy(file["labels"])
+    rich = torch.nonzero(labels.bincount() >= 8).flatten()
+    held_out = rich[torch.randperm(len(rich), generator=torch.Generator().manual_seed(0))[:HELD_OUT]]
+    test_sets = np.isin(file["sets"], ["twemoji", "emojione", "emojione-monotone"])
+    held, test = torch.isin(labels, held_out), torch.from_numpy(test_sets)
+
+    def subset(mask: Tensor) -> Data:
+        return Data(images[mask].contiguous(), labels[mask].unique(return_inverse=True)[1])
+
+    return subset(~held), subset(held & ~test), subset(held & test)
+
+
+def load_novel(split: str) -> Data:
+    """The novel classes' images in [0, 1], float [n, 3, 64, 64], of ``"train"`` or ``"test"``."""
+    rows = [row for row in json.loads((NOVEL / "index.json").read_text(encoding="utf-8"))["images"]
+            if row["split"] == split]
+    with zipfile.ZipFile(NOVEL / "images.zip") as archive:
+        images = np.stack([np.asarray(Image.open(io.BytesIO(archive.read(row["file"])))) for row in rows])
+    return Data(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255,
+                torch.tensor([row["label"] for row in rows]))
+
+
+def on_white(images: Tensor) -> Tensor:
+    """Premultiplied uint8 [B, 4, 64, 64] -> [0, 1] RGB [B, 3, 64, 64]."""
+    images = images.float() / 255
+    return images[:, :3] + 1 - images[:, 3:]
+
+
+def random_affine(batch: int) -> Tensor:
+    """Maps [batch, 2, 3] for ``affine_grid``: scale 0.85 to 1.2, shear and shift a tenth, turn, flip."""
+    scale = torch.empty(batch).uniform_(0.85, 1.2)
+    aspect = torch.empty(batch).uniform_(-0.1, 0.1).exp()
+    angle = torch.empty(batch).uniform_(-0.2, 0.2)
+    shear = torch.empty(batch).uniform_(-0.1, 0.1)
+    flip = torch.where(torch.rand(batch) < 0.5, -1.0, 1.0)
+    maps = torch.empty(batch, 2, 3)
+    maps[:, 0, 0] = flip * scale * aspect * angle.cos()
+    maps[:, 0, 1] = scale * (shear - angle.sin())
+    maps[:, 1, 0] = flip * scale * angle.sin()
+    maps[:, 1, 1] = scale / aspect * angle.cos()
+    maps[:, :, 2] = torch.empty(batch, 2).uniform_(-0.1, 0.1)
+    return maps
+
+
+def mix_colours(colour: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Random channel mixing, greys, gain and inversion of premultiplied colour; draws a background too.
+
+    Returns:
+        colour [B, 3, 64, 64] and background [B, 3, 1, 1], white or light (dark where inverted).
+    """
+    batch = len(colour)
+    matrix = torch.eye(3) + 0.15 * torch.randn(batch, 3, 3)
+    matrix = matrix / matrix.sum(2, keepdim=True).clamp(min=0.3)
+    grey = (torch.rand(batch) < 0.25)[:, None, None]
+    matrix = torch.where(grey, torch.full((3, 3), 1 / 3), matrix)
+    matrix = matrix * torch.empty(batch, 1, 1).uniform_(0.6, 1.3)
+    colour = torch.bmm(matrix, colour.flatten(2)).view_as(colour)
+    inverted = (torch.rand(batch) < 0.04)[:, None, None, None]
+    light = torch.empty(batch, 3, 1, 1).uniform_(0.6, 1)
+    background = torch.where(torch.rand(batch, 1, 1, 1) < 0.6, torch.ones(()), light)
+    return torch.where(inverted, alpha - colour, colour), torch.where(inverted, 1 - background, background)
+
+
+def erase(images: Tensor, background: Tensor) -> Tensor:
+    """Fill a random rectangle, 8 to 23 pixels a side, of a quarter of the images with their background."""
+    batch, size = len(images), images.shape[-1]
+    sides = torch.randint(8, 24, (batch, 2))
+    sides[torch.rand(batch) >= 0.25] = 0
+    start = (torch.rand(batch, 2) * (size - sides)).long()
+    pixel = torch.arange(size)
+    inside = (pixel >= start[..., None]) & (pixel < (start + sides)[..., None])  # [B, 2, size]
+    return torch.where(inside[:, 0, None, :, None] & inside[:, 1, None, None, :], background, images)
+
+
+def augment(images: Tensor) -> Tensor:
+    """Premultiplied uint8 [B, 4, 64, 64] -> augmented RGB in [0, 1], [B, 3, 64, 64]."""
+    grid = F.affine_grid(random_affine(len(images)), list(images.shape), align_corners=False)
+    images = F.grid_sample(images.float() / 255, grid, align_corners=False)
+    colour, alpha = images[:, :3], images[:, 3:]
+    colour, background = mix_colours(colour, alpha)
+    return erase((colour.clamp(0, 1) + (1 - alpha) * background).clamp(0, 1), background)
+
+
+class Pretrainer(nn.Module):
+    """The backbone with what only its pre-training needs: feature BatchNorm and a cosine classifier."""
+
+    def __init__(self, name: str, num_classes: int):
+        super().__init__()
+        self.backbone = MODELS[name](norm=True, patch_drop_rate=TOKEN_DROP)
+        self.feature_norm = nn.BatchNorm1d(self.backbone.embed_dim, affine=False)
+        self.classifier = nn.Linear(self.backbone.embed_dim, num_classes, bias=False)
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss [] and accuracy [] of a batch whose images i and i + B/2 show the same class."""
+        features = F.normalize(self.feature_norm(self.backbone(images)), dim=1)
+        logits = LOGIT_SCALE * features @ F.normalize(self.classifier.weight, dim=1).T
+        similarity = features @ features.T / CONTRASTIVE_TEMPERATURE
+        similarity = similarity - 1e4 * torch.eye(len(features))  # an image is no partner of itself
+        partner = torch.arange(len(features)).roll(len(features) // 2)
+        loss = 0.5 * F.cross_entropy(logits, labels, label_smoothing=0.05)
+        return loss + F.cross_entropy(similarity, partner), (logits.argmax(1) == labels).float().mean()
+
+
+class PairSampler:
+    """Batches of PAIRS classes, two random renditions each; an epoch shows as many images as there are."""
+
+    def __init__(self, labels: Tensor):
+        self.rows = [rows for rows in labels.argsort(stable=True).split(labels.bincount().tolist())
+                     if len(rows) >= 2]
+        self.steps = len(labels) // (2 * PAIRS)
+
+    def __iter__(self):
+        for _ in range(self.steps):
+            classes = torch.randperm(len(self.rows))[:PAIRS].tolist()
+            pairs = [self.rows[label][torch.randperm(len(self.rows[label]))[:2]] for label in classes]
+            yield torch.stack(pairs, 1).flatten()
+
+
+def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW without weight decay on biases, norms, the CLS token and the position embedding."""
+    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("_token")
+               and not name.endswith("pos_embed")]
+    others = [p for name, p in model.named_parameters() if not any(p is q for q in decayed)]
+    return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+                             lr=learning_rate, weight_decay=WEIGHT_DECAY)
+
+
+def schedule(step: int, total: int) -> float:
+    """Factor on the learning rate: linear warm-up, then a cosine to 0.3 %."""
+    return min(1.0, (step + 1) / WARMUP_STEPS) * max(0.5 * (1 + math.cos(math.pi * step / total)), 0.003)
+
+
+@torch.no_grad()
+def extract(model: nn.Module, images: Tensor) -> Tensor:
+    """Final-norm CLS features [n, D] of images in [0, 1]."""
+    model.eval()
+    return torch.cat([model(part) for part in images.split(256)])
+
+
+def nearest_mean(train: Data, test: Data) -> float:
+    """Accuracy (%) of the nearest class mean by cosine, features [n, D] centred on the training mean."""
+    centre = train.images.mean(0)
+    features, queries = (F.normalize(part.images - centre, dim=1) for part in (train, test))
+    means = torch.stack([features[train.labels == label].mean(0) for label in range(train.num_classes)])
+    guess = (queries @ F.normalize(means, dim=1).T).argmax(1)
+    return 100 * (guess == test.labels).float().mean().item()
+
+
+def linear_probe(train: Data, test: Data, epochs: int = 300) -> float:
+    """Accuracy (%) of a linear classifier on standardised features [n, D]."""
+    centre, spread = train.images.mean(0), train.images.std(0) + 1e-5
+    features, queries = ((part.images - centre) / spread for part in (train, test))
+    torch.manual_seed(0)
+    probe = nn.Linear(features.shape[1], train.num_classes)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=5e-3, weight_decay=0.05)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        optimizer.zero_grad()
+        F.cross_entropy(probe(features), train.labels, label_smoothing=0.1).backward()
+        optimizer.step()
+        decay.step()
+    return 100 * (probe(queries).argmax(1) == test.labels).float().mean().item()
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call ``write(temporary path)``, then rename, so that a kill never leaves half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def export(name: str, state: dict[str, Tensor], path: Path) -> None:
+    """Save a backbone's state dict (BatchNorm in the stem) folded and as fp16."""
+    model = MODELS[name](norm=True)
+    model.load_state_dict(state)
+    halves = {key: value.half().contiguous() for key, value in fold_batchnorm(model).state_dict().items()}
+    write_atomically(path, lambda temporary: save_file(halves, temporary))
+
+
+def train_epoch(model: Pretrainer, optimizer: torch.optim.Optimizer, data: Data, epoch: int, args) -> dict:
+    """Train one epoch; returns mean loss and accuracy (%)."""
+    # Seeded by epoch, a run continued from a checkpoint draws what an uninterrupted one would.
+    torch.manual_seed(args.seed * 100_003 + epoch)
+    model.train()
+    sampler, losses, accuracies = PairSampler(data.labels), [], []
+    for batch, rows in enumerate(sampler):
+        factor = schedule(epoch * sampler.steps + batch, args.epochs * sampler.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * factor
+        loss, accuracy = model(augment(data.images[rows]), data.labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        accuracies.append(accuracy.item())
+    return {"loss": sum(losses) / len(losses), "accuracy": 100 * sum(accuracies) / len(accuracies)}
+
+
+def train(args) -> None:
+    """Pre-train one model, from its checkpoint if there is one, and export it."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "checkpoint.pt"
+    data, held_train, held_test = load_base(args.base)
+    torch.manual_seed(args.seed)
+    model = Pretrainer(args.model, data.num_classes)
+    optimizer = make_optimizer(model, args.lr)
+    first, seconds = 0, 0.0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, seconds = saved["epoch"], saved["seconds"]
+    LOG.info("%s: %d classes, %d images, %d held-out classes, from epoch %d of %d", args.model,
+             data.num_classes, len(data.labels), held_train.num_classes, first, args.epochs)
+    for epoch in range(first, args.epochs):
+        start = time.perf_counter()
+        result = train_epoch(model, optimizer, data, epoch, args)
+        seconds += time.perf_counter() - start
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
+                 "seconds": seconds}
+        write_atomically(path, lambda temporary, state=state: torch.save(state, temporary))
+        held_out = [Data(extract(model.backbone, on_white(part.images)), part.labels)
+                    for part in (held_train, held_test)]
+        LOG.info("epoch %3d: %6.0f s, loss %.3f, accuracy %.1f, held-out classes %.1f", epoch + 1, seconds,
+                 result["loss"], result["accuracy"], nearest_mean(*held_out))
+    export(args.model, model.backbone.state_dict(), args.out / f"{args.model}.safetensors")
+
+
+def probe() -> None:
+    """Report both models, random ones of the same shape and raw pixels on the novel classes."""
+    splits = [load_novel("train"), load_novel("test")]
+
+    def report(name: str, features) -> None:
+        parts = [Data(features(part.images), part.labels) for part in splits]
+        LOG.info("%-24s nearest mean %.1f, linear %.1f", name, nearest_mean(*parts), linear_probe(*parts))
+
+    for name, build in MODELS.items():
+        model = build()
+        model.load_state_dict({key: value.float() for key, value in load_file(weights_path(name)).items()})
+        report(name, lambda images, model=model: extract(model, images))
+        torch.manual_seed(0)
+        model = build()
+        report(f"{name}, random", lambda images, model=model: extract(model, images))
+    report("raw 16 x 16 pixels", lambda images: F.adaptive_avg_pool2d(images, 16).flatten(1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, help="base.npz of dataloaders/data/emoji_r/build.py")
+    parser.add_argument("--model", choices=MODELS)
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--lr", type=float, help=f"default: {LEARNING_RATES}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="folder of checkpoint.pt and the weights")
+    parser.add_argument("--probe", action="store_true", help="evaluate models/weights on the novel classes")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(args.threads)
+    if args.probe:
+        probe()
+        return
+    if not (args.base and args.model and args.out):
+        parser.error("--base, --model and --out are needed (or --probe)")
+    if args.lr is None:
+        args.lr = LEARNING_RATES[args.model]
+    train(args)
+
+
+if __name__ == "__main__":
+    main()
