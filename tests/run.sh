@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then runs the tests: bash tests/run.sh [pytest arguments]. Paths are relative to the
+# project's folder.
+set -eu
+. "$(dirname "${BASH_SOURCE[0]}")/../experiments/setup.sh"
+set_up --tests
+
+cd "$root"
+exec "$PYTHON" -m pytest "$@"
