@@ -240,6 +240,7 @@ class ArrayStore(ImageStore):
     def __init__(self, images: np.ndarray, name: str) -> None:
         self._images = images
         self._name = name
+        self._shared: Any = None
 
     def __len__(self) -> int:
         return len(self._images)
@@ -252,14 +253,16 @@ class ArrayStore(ImageStore):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned gets a handle of shared memory instead of a copy: torch's tensors pickle so
-        # between processes, numpy's arrays do not.
+        # between processes, numpy's arrays do not. The tensor must outlive the pickling.
         import torch
 
-        return {"_name": self._name, "_images": torch.from_numpy(self._images)}
+        if self._shared is None:
+            self._shared = torch.from_numpy(self._images).share_memory_()
+            self._images = self._shared.numpy()
+        return {"name": self._name, "images": self._shared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._name = state["_name"]
-        self._images = state["_images"].numpy()
+        self.__init__(state["images"].numpy(), state["name"])
 
 
 def seeded_split(labels: np.ndarray, fraction: float, rng: np.random.RandomState) -> np.ndarray:

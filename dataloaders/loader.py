@@ -155,11 +155,12 @@ class DataPipeline:
             )
         return samples // self._batch_size
 
-    def train(self, task: int, phase: str, epoch: int) -> Iterator[Batch]:
+    def train(self, task: int, phase: str, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
         """This process's rows of the epoch's batches.
 
         Args:
             phase: ``teacher`` or ``student``; with task and epoch it decides order and augmentation.
+            first_step: steps of the epoch to leave out at its beginning, for a resume within it.
 
         Yields:
             images float32 [batch_size // world_size, 3, H, W] in [0, 1] and labels int64.
@@ -168,7 +169,7 @@ class DataPipeline:
             BadImageError: an image is missing or damaged.
         """
         steps = self.steps_per_epoch(task)
-        return self._run(self._train_requests(task, phase, epoch, steps))
+        return self._run(self._train_requests(task, phase, epoch, range(first_step, steps)))
 
     def test(self, task: int) -> Iterator[Batch]:
         """This process's share of the task's test images, in batches as of :meth:`train`."""
@@ -183,14 +184,14 @@ class DataPipeline:
         self._end()
         self._loader = None
 
-    def _train_requests(self, task: int, phase: str, epoch: int, steps: int) -> Iterator[BatchRequest]:
+    def _train_requests(self, task: int, phase: str, epoch: int, steps: range) -> Iterator[BatchRequest]:
         own = self._stream.train_indices(task)
         indices = np.concatenate([own, self._stream.replay(task)])
         # A replayed image may be drawn twice in an epoch: it is known by the number of its draw instead.
         samples = [*own.tolist(), *(f"replay {draw}" for draw in range(len(indices) - len(own)))]
         shuffle = generator(self._seed, "order", task, phase, epoch)
         order = torch.randperm(len(indices), generator=shuffle).numpy()
-        for step in range(steps):
+        for step in steps:
             start = step * self._batch_size + self._rank * self._share
             rows = order[start : start + self._share]
             seeds = None
@@ -204,9 +205,13 @@ class DataPipeline:
         self._pass += 1
         current = self._pass
         self._plan.requests = requests
-        for item in self._loader:
+        items = iter(self._loader)
+        while True:
             if current != self._pass:
-                raise RuntimeError("a new pass over the data has begun; finish or drop this one first")
+                raise RuntimeError("a new pass over the data has begun: this one is over")
+            item = next(items, None)
+            if item is None:
+                return
             if isinstance(item, BadImageError):
                 raise item
             pixels, labels = item

@@ -1,0 +1,64 @@
+"""The transforms give the pixels of torchvision's, and draw the same random numbers."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision import transforms as v1
+from torchvision.transforms import v2
+
+from dataloaders.transforms import EvalTransform, TrainTransform, to_unit
+from tests.dataloaders.conftest import picture
+
+SIZES = [(32, 32), (64, 64), (100, 75), (75, 100), (300, 20), (20, 300), (1, 1), (224, 224)]
+
+
+def as_batch(image) -> torch.Tensor:
+    return to_unit(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.5, 1.0)])
+@pytest.mark.parametrize("size", SIZES)
+def test_training_pixels_equal_v1_and_v2_and_leave_the_same_random_state(size, scale):
+    first = v1.Compose([v1.RandomResizedCrop(56, scale=scale), v1.RandomHorizontalFlip(), v1.ToTensor()])
+    second = v2.Compose(
+        [v2.RandomResizedCrop(56, scale=scale, antialias=True), v2.RandomHorizontalFlip(), v1.ToTensor()]
+    )
+    ours = TrainTransform(56, scale)
+    for seed in range(12):
+        image = picture(seed, size)
+        results, states = [], []
+        for transform in (first, second, lambda image: as_batch(ours(image))):
+            torch.manual_seed(seed)
+            results.append(transform(image))
+            states.append(torch.get_rng_state())
+        assert torch.equal(results[0], results[2])
+        assert torch.equal(results[1], results[2])
+        assert torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("target", [64, 224])
+def test_test_pixels_equal_v1(size, target):
+    image = picture(3, size)
+    shorter = {64: 73, 224: 256}[target]
+    theirs = v1.Compose([v1.Resize(shorter), v1.CenterCrop(target), v1.ToTensor()])(image)
+    assert torch.equal(theirs, as_batch(EvalTransform(target, "center_crop")(image)))
+    stretched = v1.Compose([v1.Resize((target, target)), v1.ToTensor()])(image)
+    assert torch.equal(stretched, as_batch(EvalTransform(target, "stretch")(image)))
+
+
+def test_an_image_of_the_input_size_passes_stretch_unchanged():
+    image = picture(0, (64, 64))
+    assert np.array_equal(EvalTransform(64, "stretch")(image), image)
+
+
+def test_every_byte_becomes_what_to_tensor_makes_of_it():
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    assert torch.equal(to_unit(torch.from_numpy(values)), v1.ToTensor()(values).permute(1, 2, 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_converts_bytes_as_the_cpu_does():
+    values = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_unit(values.cuda()).cpu(), to_unit(values))
