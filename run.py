@@ -17,10 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         config = load_checked_config(argv)
-        # torch is loaded here, after all that can be refused without it.
-        from learners import trainer
+        from learners.experiment import run
 
-        return trainer.run(config)
+        return run(config)  # loads torch, after all that can be refused without it
     except ConfigError as error:
         for problem in error.problems:
             print(f"run.py: error: {problem}", file=sys.stderr)

@@ -109,9 +109,13 @@ class PromptLearner:
         return Phase(step, classes, self.optim, self.parallel, self.accumulate, self.compile_step)
 
     def eval_step(self) -> EvalStep:
-        """Evaluation of both models in one pass."""
+        """Evaluation of both models in one pass; puts them into evaluation mode."""
         dtype = self.step_options["autocast_dtype"]
         return EvalStep(self.query_vit, self.student, self.distiller, self.teacher, autocast_dtype=dtype)
+
+    def evaluator(self) -> nn.Module:
+        """The evaluation step as it is to be called, on this process's images."""
+        return self.parallel.wrap_evaluation(self.compile_step(self.eval_step()))
 
     def state(self, role: str) -> dict[str, Tensor]:
         """Trained parts of one model under the original's names; the student's include the KD method's."""

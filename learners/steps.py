@@ -8,7 +8,6 @@ replicas, counts are summed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -204,20 +203,6 @@ def make_query(vit: PromptedViT, images: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         tokens = vit.embed(images)
         return vit(tokens).cls, tokens
-
-
-@contextlib.contextmanager
-def evaluation_mode(modules: Sequence[nn.Module | None]) -> Iterator[None]:
-    """Put the modules into evaluation mode for the block, then back into the mode each was in."""
-    present = [module for module in modules if module is not None]
-    modes = [module.training for module in present]
-    for module in present:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module, mode in zip(present, modes, strict=True):
-            module.train(mode)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:

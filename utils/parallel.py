@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ class Parallel(Protocol):
     def wrap(self, step: nn.Module) -> nn.Module:
         """Return the step as it is to be called, on this process's rows."""
 
+    def wrap_evaluation(self, step: nn.Module) -> nn.Module:
+        """The same for a step without gradients."""
+
     def synchronize(self, step: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
         """Around forward and backward of one part of an accumulated batch; gradients meet in the last."""
 
@@ -43,8 +46,8 @@ class Parallel(Protocol):
     def mean(self, values: Tensor) -> Tensor:
         """Mean over all processes."""
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
+    def broadcast(self, value: Any) -> Any:
+        """The first process's value, on all processes."""
 
     def close(self) -> None:
         """Leave the group of processes."""
@@ -63,6 +66,9 @@ class SingleDevice:
     def wrap(self, step: nn.Module) -> nn.Module:
         return step
 
+    def wrap_evaluation(self, step: nn.Module) -> nn.Module:
+        return self.wrap(step)
+
     def synchronize(self, step: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
@@ -72,8 +78,8 @@ class SingleDevice:
     def mean(self, values: Tensor) -> Tensor:
         return values
 
-    def barrier(self) -> None:
-        pass
+    def broadcast(self, value: Any) -> Any:
+        return value
 
     def close(self) -> None:
         pass
@@ -109,14 +115,15 @@ class Distributed:
 
     def wrap(self, step: nn.Module) -> nn.Module:
         """A new reducer for what is trained now; frozen parts are neither broadcast nor reduced."""
-        if not any(p.requires_grad for p in step.parameters()):
-            return step
         frozen = [name for name, p in step.named_parameters() if not p.requires_grad]
         frozen += [name for name, _ in step.named_buffers()]
         ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
         ignore(step, frozen)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(step, device_ids=ids, broadcast_buffers=False)
+
+    def wrap_evaluation(self, step: nn.Module) -> nn.Module:
+        return step  # counts are summed by the caller
 
     def synchronize(self, step: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last else step.no_sync()
@@ -129,8 +136,10 @@ class Distributed:
     def mean(self, values: Tensor) -> Tensor:
         return self.sum(values) / self.world_size
 
-    def barrier(self) -> None:
-        torch.distributed.barrier()
+    def broadcast(self, value: Any) -> Any:
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
 
     def close(self) -> None:
         if torch.distributed.is_initialized():

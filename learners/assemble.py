@@ -1,0 +1,184 @@
+"""Build the objects of a run: devices, backbones, data and learner."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from models.backbones import Backbone, BackboneError, load_backbone
+
+from dataloaders.base import DataError
+from dataloaders.build import build_stream
+from dataloaders.loader import DataPipeline
+from dataloaders.tasks import TaskStream
+from learners.build import autocast_dtype, build_learner
+from learners.check import size_problems
+from learners.distillers import DISTILLERS
+from learners.distillers.base import DistillSettings
+from learners.optim import OptimSettings
+from learners.prompt import PromptLearner
+from models.sizes import ViTSize
+from models.vit import PromptedViT, UnsupportedBackboneError
+from utils.config import Config, ConfigError
+from utils.parallel import Parallel, build_parallel
+
+_log = logging.getLogger(__name__)
+
+# Test images of one forward pass. Larger batches are no faster on a CPU and hold more memory on a GPU.
+EVAL_BATCH_SIZE = 128
+
+
+@dataclass
+class Parts:
+    """Everything a run consists of.
+
+    Attributes:
+        backbones: role -> full name and SHA-256 of the weights, for the log.
+        identity: the same checksums, which a resume compares.
+        num_tasks: tasks to learn (``max_task`` may stop early).
+    """
+
+    parallel: Parallel
+    stream: TaskStream
+    data: DataPipeline
+    learner: PromptLearner
+    backbones: dict[str, str]
+    identity: dict[str, str]
+    num_tasks: int
+
+    def parameter_counts(self) -> dict[str, dict[str, int] | None]:
+        """Numbers of parameters per role, in all and trained (the student's with the KD method's)."""
+        counts: dict[str, dict[str, int] | None] = {"teacher": None}
+        for role, model in self.learner.models.items():
+            trained = sum(tensor.numel() for tensor in self.learner.state(role).values())
+            frozen = sum(p.numel() for p in model.vit.parameters())
+            counts[role] = {"total": frozen + trained, "trained": trained}
+        return counts
+
+
+@contextlib.contextmanager
+def assemble(config: Config) -> Iterator[Parts]:
+    """Build a run, and take it apart at the end of the block (worker processes, process group).
+
+    Raises:
+        ConfigError: data or weights are missing or damaged, or sizes do not fit.
+    """
+    parallel = build_parallel(config.device, config.gpuid)
+    try:
+        parts = _build(config, parallel)
+    except (DataError, BackboneError, UnsupportedBackboneError) as error:
+        parallel.close()
+        raise ConfigError([str(error)]) from error
+    try:
+        yield parts
+    except DataError as error:
+        raise ConfigError([str(error)]) from error
+    finally:
+        parts.data.close()
+        parallel.close()
+
+
+def load_backbones(config: Config) -> dict[str, Backbone]:
+    """The backbones of the roles that the run has; equal ones are loaded once."""
+    wanted = {"student": (config.student_model, config.student_weights)}
+    if DISTILLERS.load(config.kd_method).needs_teacher:
+        wanted = {"teacher": (config.teacher_model, config.teacher_weights)} | wanted
+    loaded: dict[tuple, Backbone] = {}
+    for name, weights in wanted.values():
+        if (name, weights) not in loaded:
+            loaded[name, weights] = load_backbone(name, weights=weights)
+    return {role: loaded[key] for role, key in wanted.items()}
+
+
+def build_data(config: Config, image_size: int) -> TaskStream:
+    """The task stream of a configuration for images of ``image_size`` pixels."""
+    return build_stream(
+        dataset=config.dataset,
+        dataroot=config.dataroot,
+        image_size=image_size,
+        first_split_size=config.first_split_size,
+        other_split_size=config.other_split_size,
+        class_order=config.class_order,
+        seed=config.seed,
+        validation=config.validation,
+        upper_bound=config.upper_bound,
+        memory=config.memory,
+        train_aug=config.train_aug,
+        crop_scale=config.crop_scale,
+        data_url=config.data_url,
+        log_dir=config.log_dir,
+    )
+
+
+def make_learner(
+    config: Config, backbones: dict[str, Backbone], num_classes: int, num_tasks: int, parallel: Parallel
+) -> PromptLearner:
+    """Teacher, student and KD method of a configuration."""
+    vits = {role: backbone.vit for role, backbone in backbones.items()}
+    _check_sizes(config, vits)
+    return build_learner(
+        learner_name=config.learner_name,
+        prompt_param=config.prompt_param,
+        kd_method=config.kd_method,
+        distill=DistillSettings(config.kd_alpha, config.temperature, *config.kd_prompt_param),
+        teacher_vit=vits.get("teacher"),
+        student_vit=vits["student"],
+        num_classes=num_classes,
+        num_tasks=num_tasks,
+        optim=OptimSettings(
+            config.optimizer, config.lr, config.momentum, config.weight_decay, config.schedule_type,
+            config.schedule,
+        ),
+        aux_loss_scale=config.aux_loss_scale,
+        seed=config.seed,
+        parallel=parallel,
+        autocast_dtype=autocast_dtype(config.precision),
+        accumulate=config.accumulate,
+    )  # fmt: skip
+
+
+def _build(config: Config, parallel: Parallel) -> Parts:
+    if config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    backbones = load_backbones(config)
+    stream = build_data(config, backbones["student"].vit.image_size)
+    learner = make_learner(config, backbones, stream.num_classes, len(stream), parallel)
+    data = DataPipeline(
+        stream,
+        batch_size=config.batch_size,
+        eval_batch_size=EVAL_BATCH_SIZE,
+        workers=config.workers,
+        pin_memory=parallel.device.type == "cuda",
+        seed=config.seed,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        device=parallel.device,
+    )
+    num_tasks = len(stream) if config.max_task < 0 else min(config.max_task, len(stream))
+    for task in range(num_tasks):
+        data.steps_per_epoch(task)  # a task with fewer images than a batch is refused before any work
+    return Parts(
+        parallel=parallel,
+        stream=stream,
+        data=data,
+        learner=learner,
+        backbones={role: f"{b.tag} (sha256 {b.sha256})" for role, b in backbones.items()},
+        identity={role: b.sha256 for role, b in backbones.items()},
+        num_tasks=num_tasks,
+    )
+
+
+def _check_sizes(config: Config, vits: dict[str, PromptedViT]) -> None:
+    """The checks that the names alone did not allow."""
+    sizes = {role: _size(vit) for role, vit in vits.items()}
+    problems = size_problems(config.kd_method, config.kd_prompt_param, sizes.get("teacher"), sizes["student"])
+    if problems:
+        raise ConfigError(problems)
+
+
+def _size(vit: PromptedViT) -> ViTSize:
+    patch = vit.vit.patch_embed.patch_size[0]
+    return ViTSize(vit.embed_dim, vit.depth, vit.num_heads, vit.image_size, patch, vit.num_tokens)

@@ -1,0 +1,84 @@
+"""Losses of an epoch, read from the device once in a while."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learners.prompt import GRADIENT, is_count
+from utils.parallel import Parallel
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or the gradient became infinite or not a number."""
+
+
+class LossMeter:
+    """Means of all terms of the loss over an epoch.
+
+    Steps are kept on the device until :meth:`read`, so that training does not wait for numbers nobody reads.
+
+    Args:
+        parallel: averages over processes.
+        check_gradient: False where the loss scaling of fp16 makes an infinite gradient normal.
+    """
+
+    def __init__(self, parallel: Parallel, *, check_gradient: bool = True) -> None:
+        self.parallel = parallel
+        self.check_gradient = check_gradient
+        self.names: list[str] = []
+        self.sums: dict[str, float] = {}
+        self.steps = 0
+        self.images = 0
+        self._pending: list[Tensor] = []
+        self._pending_images = 0
+
+    def add(self, result: Mapping[str, Tensor], images: int) -> None:
+        """Take the result of a training step on ``images`` images (of the global batch)."""
+        self.names = list(result)
+        self._pending.append(torch.stack([value.float() for value in result.values()]))
+        self._pending_images += images
+
+    def read(self) -> None:
+        """Fetch the pending steps.
+
+        Raises:
+            NonFiniteError: naming the first step (counted from 1) and term that is not finite.
+        """
+        if not self._pending:
+            return
+        counts = torch.tensor([is_count(name) for name in self.names])
+        local = torch.stack(self._pending)
+        world = self.parallel.world_size
+        values = (self.parallel.sum(local) if world > 1 else local).cpu().double()  # [steps, terms]
+        values = torch.where(counts, values, values / world)
+        self._check(values)
+        for name, total in zip(self.names, values.sum(0).tolist(), strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + total
+        self.steps += len(values)
+        self.images += self._pending_images
+        self._pending, self._pending_images = [], 0
+
+    def means(self) -> dict[str, float]:
+        """Mean of each term over the steps read so far, and the training ``accuracy`` in %."""
+        means = {name: total / max(self.steps, 1) for name, total in self.sums.items() if not is_count(name)}
+        correct = self.sums.get("correct", 0.0)
+        return means | {"accuracy": 100 * correct / self.images if self.images else math.nan}
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": self.sums, "steps": self.steps, "images": self.images}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.sums, self.steps, self.images = dict(state["sums"]), state["steps"], state["images"]
+
+    def _check(self, values: Tensor) -> None:
+        finite = values.isfinite()
+        if not self.check_gradient:
+            finite[:, self.names.index(GRADIENT)] = True
+        if not finite.all():
+            step, term = (~finite).nonzero()[0].tolist()
+            raise NonFiniteError(f"step {self.steps + step + 1}: {self.names[term]} is {values[step, term]:g}")

@@ -1,0 +1,45 @@
+"""``--repeat n``: the same run with several seeds, and the mean of their results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from learners.record import METRICS
+from utils.checkpoint import write_atomic
+from utils.config import Config
+from utils.metrics import MEASURES, aggregate
+
+SUMMARY = "repeat.json"
+
+
+def run_repeats(config: Config, train: Callable[[Config], int]) -> int:
+    """Run seeds ``seed … seed + repeat - 1`` into ``log_dir/seed-<s>/`` and write mean and standard deviation.
+
+    Each is resumed by itself; the first that stops ends the call with its exit code.
+    """
+    seeds = range(config.seed, config.seed + config.repeat)
+    for seed in seeds:
+        code = train(config.for_seed(seed))
+        if code != 0:
+            return code
+    from learners.experiment import is_main_process
+
+    if is_main_process():
+        _summarise(config, seeds)
+    return 0
+
+
+def _summarise(config: Config, seeds: range) -> None:
+    runs = [json.loads((config.log_dir / f"seed-{seed}" / METRICS).read_text()) for seed in seeds]
+    summary = {
+        role: aggregate([run[role] for run in runs]) for role in ("teacher", "student") if runs[0][role] is not None
+    }
+    text = json.dumps({"seeds": list(seeds), **summary}, indent=1, sort_keys=True) + "\n"
+    write_atomic(config.log_dir / SUMMARY, text.encode())
+    print(f"\n{len(runs)} seeds ({seeds[0]} to {seeds[-1]}), mean ± standard deviation:")
+    for role, measures in summary.items():
+        for name, words in MEASURES.items():
+            value = measures[name]
+            spread = "" if value["std"] is None else f" ± {value['std']:.2f}"
+            print(f"{role:8} {words:32} {value['mean']:7.2f}{spread}")

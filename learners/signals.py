@@ -1,0 +1,68 @@
+"""Signals that stop a run or make it save."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+
+_log = logging.getLogger(__name__)
+
+
+class StoppedError(Exception):
+    """The run was asked to stop and has saved its state.
+
+    Attributes:
+        exit_code: 128 + number of the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command goes on from here")
+        self.exit_code = 128 + signum
+
+
+class Signals:
+    """Remember what was asked for while the block runs.
+
+    SIGINT or SIGTERM once asks to stop after the current step, twice ends the process at once (every file is
+    consistent at any moment); SIGUSR1 asks to save and go on.
+
+    Attributes:
+        stop: number of the signal that asked to stop, or 0.
+        save: whether to save at the next opportunity.
+    """
+
+    def __init__(self) -> None:
+        self.stop = 0
+        self.save = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for signum, handler in (
+                (signal.SIGINT, self._ask_to_stop),
+                (signal.SIGTERM, self._ask_to_stop),
+                (signal.SIGUSR1, self._ask_to_save),
+            ):
+                self._previous[signum] = signal.signal(signum, handler)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous.clear()
+
+    def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
+        if self.stop:
+            os._exit(128 + signum)
+        self.stop = signum
+        name = signal.Signals(signum).name
+        # Through the file descriptor: a handler must not wait for a lock that the interrupted code holds.
+        os.write(2, f"\n{name}: finishing this step and saving; once more ends at once\n".encode())
+
+    def _ask_to_save(self, signum: int, frame: FrameType | None) -> None:
+        self.save = True
