@@ -1,8 +1,7 @@
 """Rebuild Emoji-R bit for bit from its npm sources, and the base classes for pre-training.
 
-    cd dataloaders/data/emoji_r
-    npm ci --prefix DIR_WITH_A_COPY_OF_package.json_AND_package-lock.json
-    pip install -r requirements.txt
+    cp dataloaders/data/emoji_r/package*.json DIR && (cd DIR && npm ci)
+    pip install -r dataloaders/data/emoji_r/requirements.txt
     python dataloaders/data/emoji_r/build.py --node_modules DIR/node_modules --out NEW_DIR [--base base.npz]
 
 Writes ``images.zip`` and ``index.json`` to ``--out`` and compares them with ``SHA256SUMS`` beside this
@@ -151,7 +150,7 @@ class IconSet:
         icon = self.icons[name]
         box = (icon.get("left", 0), icon.get("top", 0), icon.get("width", self.width),
                icon.get("height", self.height))
-        colour = "#%02x%02x%02x" % INK
+        colour = "#" + bytes(INK).hex()
         return (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="{box[0]} {box[1]} {box[2]} {box[3]}" width="{RENDER_SIZE}" height="{RENDER_SIZE}" '
@@ -255,7 +254,9 @@ def render_all(node_modules: Path, catalogue: dict[str, Emoji]) -> Renditions:
     glyphs = TTFont(path).getBestCmap()
     font = ImageFont.truetype(path, 200, layout_engine=ImageFont.Layout.BASIC)
     for key in eligible:
-        image = fit(render_glyph(chr(int(key, 16)), font)) if "-" not in key and int(key, 16) in glyphs else None
+        if "-" in key or int(key, 16) not in glyphs:
+            continue
+        image = fit(render_glyph(chr(int(key, 16)), font))
         if image is not None:
             renditions[key][FONT_SET] = np.asarray(image)
     return renditions
@@ -317,13 +318,11 @@ def choose_novel(catalogue: dict[str, Emoji], renditions: Renditions, similar: n
     novel: dict[str, set[str]] = {}
     taken: list[int] = []
     candidates = [i for i, key in enumerate(keys) if len(renditions[key]) >= MIN_RENDITIONS]
-    distinct = 0
     for i in rng.permutation(candidates):
         emoji = catalogue[keys[i]]
         if any(similar[i, j] > MAX_CORRELATION for j in taken):
             continue
-        taken.append(int(i))
-        distinct += 1
+        taken.append(i)
         if len(novel) == NUM_NOVEL or groups[emoji.group] >= GROUP_CAPS.get(emoji.group, len(keys)):
             continue
         test = split_renditions(list(renditions[emoji.key]), rng)
@@ -331,7 +330,7 @@ def choose_novel(catalogue: dict[str, Emoji], renditions: Renditions, similar: n
             groups[emoji.group] += 1
             novel[emoji.key] = test
     LOG.info("%d candidates with %d renditions, %d distinct, %d novel: %s", len(candidates), MIN_RENDITIONS,
-             distinct, len(novel), dict(groups))
+             len(taken), len(novel), dict(groups))
     order = rng.permutation(list(novel))
     return {str(key): novel[key] for key in order}
 
@@ -354,9 +353,10 @@ def write_novel(folder: Path, catalogue: dict[str, Emoji], renditions: Rendition
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o644 << 16
             archive.writestr(entry, blobs[name])
-    classes = [json.dumps({"name": catalogue[key].name, "codepoint": key}, ensure_ascii=False) for key in novel]
+    classes = [json.dumps({"name": catalogue[key].name, "codepoint": key}, ensure_ascii=False)
+               for key in novel]
     rows = [json.dumps(image) for image in images]
-    text = '{"classes": [\n%s\n],\n"images": [\n%s\n]}\n' % (",\n".join(classes), ",\n".join(rows))
+    text = '{"classes": [\n' + ",\n".join(classes) + '\n],\n"images": [\n' + ",\n".join(rows) + "\n]}\n"
     (folder / "index.json").write_text(text, encoding="utf-8", newline="\n")
     splits = collections.Counter(image["split"] for image in images)
     LOG.info("novel: %s; archive of %d bytes", dict(splits), (folder / "images.zip").stat().st_size)
@@ -388,7 +388,8 @@ def main() -> int:
     parser.add_argument("--node_modules", type=Path, required=True, help="what `npm ci` installed")
     parser.add_argument("--out", type=Path, required=True, help="folder for images.zip and index.json")
     parser.add_argument("--base", type=Path, help="also write the base classes to this .npz")
-    parser.add_argument("--write_checksums", action="store_true", help="record SHA256SUMS instead of checking")
+    parser.add_argument("--write_checksums", action="store_true",
+                        help="record SHA256SUMS instead of checking it")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.out.mkdir(parents=True, exist_ok=True)
