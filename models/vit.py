@@ -142,16 +142,18 @@ class PromptedViT(nn.Module):
 
 def check_supported(vit: nn.Module) -> None:
     """Raise :class:`UnsupportedBackboneError` with the reason when prompts cannot be injected into ``vit``."""
-    name = type(vit).__name__
     if not isinstance(vit, VisionTransformer):
-        raise UnsupportedBackboneError(f"{name} is not a timm VisionTransformer; choose a vit_* or deit* model.")
+        raise UnsupportedBackboneError(
+            f"{type(vit).__name__} is not a timm VisionTransformer; choose a vit_* or deit* model"
+        )
     if vit.cls_token is None:
-        raise UnsupportedBackboneError("this ViT has no class token, which is what the head reads; choose another.")
+        raise UnsupportedBackboneError("it has no class token, which is what the head reads; choose another ViT")
     for block in vit.blocks:
-        if type(block) is not Block or type(block.attn) is not Attention or block.attn.gate is not None:
+        attn = getattr(block, "attn", None)
+        if type(block) is not Block or type(attn) is not Attention or attn.gate is not None:
             raise UnsupportedBackboneError(
-                f"this ViT is built of {type(block).__name__} with {type(block.attn).__name__}; "
-                "only plain pre-norm blocks with standard attention can read prompts."
+                f"it is built of {type(block).__name__} with {type(attn).__name__}, but only plain pre-norm blocks"
+                " with standard attention can read prompts; choose another ViT"
             )
 
 
