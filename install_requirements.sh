@@ -84,10 +84,10 @@ if ! "$python" -m pip --version >/dev/null 2>&1 && ! "$python" -m ensurepip >/de
     echo "install_requirements.sh: $python has no pip; install it (Debian: apt install python3-pip)" >&2
     exit 1
 fi
-echo "Installing packages with $python; torch alone takes several GB and some minutes, once ..."
+echo "Installing packages with $python (several GB and some minutes the first time) ..."
 # The list is split at its line ends: no requirement contains a space.
 # shellcheck disable=SC2086
-if ! "$python" -m pip install --disable-pip-version-check --no-input --root-user-action=ignore --quiet \
+if ! "$python" -m pip install --disable-pip-version-check --no-input --root-user-action=ignore \
     $wanted </dev/null; then
     echo "install_requirements.sh: pip could not install the packages; see its message above. Without network," \
         "install them from local files and run this again." >&2
