@@ -205,7 +205,7 @@ def build_metrics(
 
 def metrics_json(metrics: Mapping[str, Any]) -> str:
     """The text of Results/metrics.json: equal results give equal bytes (sorted keys, fixed float digits)."""
-    return json.dumps(_plain(metrics), sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(_plain(metrics), sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

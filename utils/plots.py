@@ -24,6 +24,7 @@ _RC = {
     "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
     "lines.linewidth": 1.8, "lines.markersize": 5, "legend.frameon": False, "savefig.dpi": 130,
+    "text.parse_math": False,  # names with a dollar sign are names
 }
 
 
@@ -255,7 +256,7 @@ def _draw_prompt_usage(metrics: Mapping[str, Any]) -> Any:
     largest = max(map(abs, values), default=0.0) or 1.0
     # Weights have a sign and a zero in the middle; shares of choices start at 0. One scale for all panels.
     scale = {"cmap": "PuOr" if signed else "viridis", "vmin": -largest if signed else 0.0, "vmax": largest}
-    figure = _figure(1.6 + 4.6 * len(roles), 0.9 + (0.55 + min(max(0.16 * tasks, 0.6), 2.4)) * len(layers))
+    figure = _figure(1.6 + 4.6 * len(roles), 1.1 + (0.55 + min(max(0.16 * tasks, 0.6), 2.4)) * len(layers))
     all_axes = figure.subplots(len(layers), len(roles), squeeze=False)
     picture = None
     for (row, layer), (column, role) in itertools.product(enumerate(layers), enumerate(roles)):
@@ -272,7 +273,8 @@ def _draw_prompt_usage(metrics: Mapping[str, Any]) -> Any:
             axes.set_ylabel("After task")
     label = "Mean weight" if signed else "Usage"
     figure.colorbar(picture, ax=all_axes, label=label, fraction=0.03, pad=0.02, aspect=30)
-    figure.suptitle(f"{_title(metrics)}\nHow much each prompt of the pool is used after each task")
+    figure.suptitle(f"{_title(metrics)}\nUsage of each prompt on the test images of the task just learned:\n"
+                    "share of the images that choose it, or its mean weight")
     return figure
 
 
