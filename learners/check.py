@@ -18,6 +18,7 @@ from pathlib import Path
 from dataloaders import DATASETS
 from dataloaders.preflight import count_classes, preflight
 from learners.distillers import DISTILLERS, Setting
+from models.pretrained import missing_weights
 from models.prompts import PROMPTS
 from models.sizes import ViTSize, known_size, name_problem
 from utils.config import Config, ConfigError, help_text, parse_config
@@ -33,15 +34,17 @@ def load_checked_config(argv: Sequence[str]) -> Config:
     parsed = parse_config(argv)
     config = parsed.config()
     problems = parsed.problems + check(config, wrong=parsed.wrong)
-    if problems:
-        raise ConfigError(problems)
+    # Whether weights can be had may cost seconds of asking the hub, which no other mistake shall wait for.
+    missing_files = _missing_data(config) + ([] if problems else _missing_weights(config))
+    if problems + missing_files:
+        raise ConfigError(problems + missing_files)
     if config.prompt_param is None:
         config = dataclasses.replace(config, prompt_param=PROMPTS[config.learner_name].paper)
     return config
 
 
 def check(config: Config, wrong: Collection[str] = ()) -> list[str]:
-    """One sentence for each thing that cannot work.
+    """One sentence for each thing that cannot work, whatever data and weights are there.
 
     Args:
         config: what was read.
@@ -116,8 +119,6 @@ def _data_problems(config: Config, wrong: Collection[str]) -> tuple[list[str], i
     if config.dataset not in DATASETS:
         return _unknown(DATASETS, "dataset", config.dataset), None
     problems = []
-    if config.action in ("train", "eval_only", "check_data"):
-        problems += preflight(config.dataset, config.dataroot, config.data_url)
     num_classes = count_classes(config.dataset, config.dataroot)
     sizes = {name: getattr(config, name) for name in ("first_split_size", "other_split_size")}
     if num_classes is None or None in sizes.values() or set(sizes) & set(wrong):
@@ -126,6 +127,24 @@ def _data_problems(config: Config, wrong: Collection[str]) -> tuple[list[str], i
         if size > num_classes and not config.upper_bound:
             problems.append(f"--{name} {size} is more than the {num_classes} classes of {config.dataset}")
     return problems, num_tasks_of(num_classes, *sizes.values(), config.upper_bound)
+
+
+def _missing_data(config: Config) -> list[str]:
+    """What is known to be missing of the data set, before any download."""
+    if config.dataset not in DATASETS or config.action not in ("train", "eval_only", "check_data"):
+        return []
+    return preflight(config.dataset, config.dataroot, config.data_url)
+
+
+def _missing_weights(config: Config) -> list[str]:
+    """Where to get the backbones' weights, if they are not here and cannot be downloaded."""
+    if config.action == "check_data":
+        return []
+    needed = {"s_model": (config.student_model, config.student_weights)}
+    if config.action in ("train", "eval_only") and DISTILLERS[config.kd_method].needs_teacher:
+        needed = {"t_model": (config.teacher_model, config.teacher_weights), **needed}
+    found = ((flag, missing_weights(*model)) for flag, model in needed.items())
+    return [f"--{flag}: {problem}" for flag, problem in found if problem]
 
 
 def _learner_problems(config: Config, num_tasks: int | None, wrong: Collection[str]) -> list[str]:

@@ -24,7 +24,7 @@ class Bad:
     Attributes:
         says: what the message must contain: where the mistake is, and the way out.
         text: replaces the whole file.
-        flags: ``{tmp}`` is a folder with an empty file ``file`` in it.
+        flags: ``{tmp}`` is a folder with an empty file ``file`` in it, ``{root}`` the project's.
     """
 
     says: tuple[str, ...]
@@ -179,7 +179,7 @@ BAD = [
     flag("--predict {tmp}/none.png", "--predict", "no file", "none.png"),
     # files
     flag("--config {tmp}/none.yaml", "none.yaml does not exist"),
-    flag(f"--config {ROOT}/configs/emoji_r_prompt.yaml", f"did you mean --config {EMOJI_R}?"),
+    flag("--config {root}/configs/emoji_r_prompt.yaml", f"did you mean --config {EMOJI_R}?"),
     flag("--config {tmp}", "is a folder", "YAML file"),
     flag("--config /dev/zero", "/dev/zero", "YAML file"),
     file(b"", "is empty", "configs/*.yaml"),
@@ -212,7 +212,7 @@ def command(bad: Bad, tmp: Path) -> list[str]:
     right = ["--config", str(path), "--log_dir", str(tmp / "log"), "--gpuid", "-1"]
     if "--device" in bad.flags:
         right = right[:-2]
-    mistake = bad.flags.replace("{tmp}", str(tmp)).split()
+    mistake = [word.replace("{tmp}", str(tmp)).replace("{root}", str(ROOT)) for word in bad.flags.split()]
     return [*right, *mistake] if mistake or bad.keys or bad.text is not None else ["stray", *right]
 
 

@@ -27,6 +27,7 @@ def well_equipped(monkeypatch):
     """A machine with two GPUs, all data and all weights, in the project's folder."""
     monkeypatch.setattr(check, "cuda_devices", lambda: 2)
     monkeypatch.setattr(check, "preflight", lambda *arguments: [])
+    monkeypatch.setattr(check, "missing_weights", lambda *model: None)
     monkeypatch.setattr(check, "_path_problems", lambda config: [])
     monkeypatch.chdir(ROOT)
 

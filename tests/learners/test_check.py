@@ -8,10 +8,16 @@ from learners import check
 from learners.distillers import DISTILLERS
 from models.prompts import PROMPTS
 from models.sizes import ViTSize, known_size
-from utils.config import Config
+from utils.config import Config, ConfigError
 
 BASE, SMALL, LARGE = (known_size(f"vit_{size}_patch16_224") for size in ("base", "small", "large"))
 FEWER_TOKENS = known_size("vit_base_patch32_224")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Weights are taken as given unless a test says otherwise; nobody asks the hub."""
+    monkeypatch.setattr(check, "missing_weights", lambda name, weights=None: None)
 
 
 def config(**changes) -> Config:
@@ -140,6 +146,33 @@ def test_sizes_unknown_by_name_are_checked_when_they_are_known():
     assert check.check(config(teacher_model="vit_base_patch14_dinov2", kd_method="FitNets")) == []
     dinov2 = ViTSize(768, 12, 12, 518, 14, 1370)
     assert len(check.size_problems("FitNets", (4, 6), dinov2, known_size("mini_vit_small"))) == 2
+
+
+EMOJI = "--dataset Emoji_R --first_split_size 20 --other_split_size 20 --schedule 1 --gpuid -1 --log_dir x".split()
+
+
+def test_missing_weights_of_both_models_are_named(monkeypatch):
+    monkeypatch.setattr(check, "missing_weights", lambda name, weights=None: f"no weights of {name}")
+    with pytest.raises(ConfigError) as error:
+        check.load_checked_config(EMOJI)
+    assert [problem.split(":")[0] for problem in error.value.problems] == ["--t_model", "--s_model"]
+    with pytest.raises(ConfigError) as error:
+        check.load_checked_config([*EMOJI, "--KD_method", "none"])
+    assert len(error.value.problems) == 1
+
+
+def test_missing_weights_and_data_are_named_together(monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "missing_weights", lambda name, weights=None: f"no weights of {name}")
+    with pytest.raises(ConfigError) as error:
+        check.load_checked_config([*EMOJI, "--dataset", "ImageNet_R", "--dataroot", str(tmp_path)])
+    assert len(error.value.problems) == 3 and str(tmp_path) in error.value.problems[0]
+
+
+def test_nobody_is_asked_for_weights_while_there_are_other_mistakes(monkeypatch):
+    monkeypatch.setattr(check, "missing_weights", lambda *model: pytest.fail("asked"))
+    with pytest.raises(ConfigError):
+        check.load_checked_config([*EMOJI, "--lr", "0"])
+    check.load_checked_config([*EMOJI, "--check_data"])
 
 
 def test_paper_values_are_filled_in(tmp_path):
