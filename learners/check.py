@@ -24,6 +24,8 @@ from models.sizes import ViTSize, known_size, name_problem
 from utils.config import Config, ConfigError, help_text, parse_config
 from utils.registry import Registry
 
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "yaml", "PIL", "tqdm", "safetensors", "matplotlib")
+
 
 def load_checked_config(argv: Sequence[str]) -> Config:
     """The configuration of a command line, with ``prompt_param`` filled in, ready to run.
@@ -31,6 +33,12 @@ def load_checked_config(argv: Sequence[str]) -> Config:
     Raises:
         ConfigError: with every problem of the flags, the file and their combination.
     """
+    missing_packages = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing_packages:
+        raise ConfigError([
+            f"packages are missing ({', '.join(missing_packages)}): install them by sh install_requirements.sh,"
+            " or start by bash experiments/quickstart.sh"
+        ])  # fmt: skip
     parsed = parse_config(argv)
     config = parsed.config()
     problems = parsed.problems + check(config, wrong=parsed.wrong)

@@ -273,6 +273,13 @@ def test_no_arguments_say_what_is_missing(capsys):
     assert "--config is missing" in error and "--log_dir is missing" in error
 
 
+def test_missing_packages_say_how_to_install_them(monkeypatch, capsys):
+    monkeypatch.setattr(check, "_PACKAGES", ("yaml", "no_such_package"))
+    assert run.main(["--config", str(EMOJI_R)]) == 2
+    error = capsys.readouterr().err
+    assert "no_such_package" in error and "install_requirements.sh" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("flags", ["--eval_only", "--export a.pt2"])
 def test_actions_on_a_run_need_its_folder(tmp_path, capsys, flags):
     assert run.main(flags.split()) == 2
