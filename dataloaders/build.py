@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from dataloaders import DATASETS
-from dataloaders.base import DataError, ImageStore
 from dataloaders.tasks import TaskStream
 from dataloaders.transforms import EvalTransform, TrainTransform
 
@@ -29,7 +28,6 @@ def build_stream(
     data_url: str | None = None,
     log_dir: str | Path | None = None,
     progress: bool = True,
-    require_files: bool = True,
 ) -> TaskStream:
     """Find (or download) a data set and cut it into tasks.
 
@@ -39,8 +37,6 @@ def build_stream(
         train_aug: augment training images; otherwise they get the test transform.
         crop_scale: range of the random crop's share of the image's area.
         log_dir: where a split that had to be drawn is written, and found again on resume.
-        require_files: raise when a file that the split lists is missing; the check of the data counts it
-            as bad instead.
 
     The others are as for :class:`dataloaders.tasks.TaskStream` and :class:`dataloaders.base.ImageSource`.
 
@@ -54,14 +50,10 @@ def build_stream(
         log_dir=None if log_dir is None else Path(log_dir),
         progress=progress,
     )
-    train = source.load(train=True)
-    test = None if validation else source.load(train=False)
-    if require_files:
-        _require_files(dataset, [part[0] for part in (train, test) if part is not None])
     test_transform = EvalTransform(image_size, source.test_crop)
     return TaskStream(
-        train,
-        test,
+        source.load(train=True),
+        None if validation else source.load(train=False),
         class_names=source.class_names,
         split=source.split,
         first_split_size=first_split_size,
@@ -74,12 +66,3 @@ def build_stream(
         upper_bound=upper_bound,
         memory=memory,
     )
-
-
-def _require_files(dataset: str, stores: Sequence[ImageStore]) -> None:
-    missing = [name for store in stores for name in store.missing()]
-    if missing:
-        raise DataError(
-            f"dataset {dataset}: {len(missing)} of the {sum(map(len, stores))} images that the split lists "
-            f"are missing in dataroot, the first is {missing[0]} (run.py --check_data lists all)"
-        )

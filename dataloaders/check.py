@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from dataloaders.base import BadImageError, ImageStore
-from dataloaders.build import build_stream
-from dataloaders.tasks import Images
+from dataloaders.tasks import Images, TaskStream
 
 
-def check_data(*, dataset: str, dataroot: str | Path, workers: int = 0, **settings: Any) -> dict[str, Any]:
+def check_stream(
+    stream: TaskStream, dataset: str, *, threads: int | None = None, progress: bool = True
+) -> dict[str, Any]:
     """Read every image that a run would use.
 
     Args:
-        workers: threads that read.
-        settings: the other arguments of :func:`dataloaders.build.build_stream`.
+        dataset: the name of the data set, for the report.
+        threads: how many read at a time; as many as there are processors when left out.
+        progress: whether to show a progress bar.
 
     Returns:
         ``dataset``; ``num_classes``; ``split`` (``authors``, ``official``, ``seeded`` or ``folder``);
         ``train`` and ``test``, numbers of images; ``tasks``, for each ``train``, ``test`` and ``classes``
         (names in label order); ``bad``, missing or damaged images relative to dataroot, sorted: none when the
         data are fine.
-
-    Raises:
-        DataError: the data set cannot be used at all.
     """
-    stream = build_stream(dataset=dataset, dataroot=dataroot, require_files=False, **settings)
-    progress = settings.get("progress", True)
     parts = [stream.train_images, stream.test_images]
     return {
         "dataset": dataset,
@@ -49,7 +46,7 @@ def check_data(*, dataset: str, dataroot: str | Path, workers: int = 0, **settin
             }
             for task in range(len(stream))
         ],
-        "bad": _bad_images(parts, max(workers, 1), progress),
+        "bad": _bad_images(parts, threads or os.cpu_count() or 1, progress),
     }
 
 

@@ -105,6 +105,9 @@ class DataPipeline:
         rank, world_size: which of how many processes this one is; a global training batch is cut into
             equal parts, a test set into parts that differ by at most one image.
         device: where batches are converted to float and handed out. On a GPU a quarter of the bytes travels.
+
+    Raises:
+        DataError: images that the split lists are missing.
     """
 
     def __init__(
@@ -120,6 +123,12 @@ class DataPipeline:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
+        missing = stream.missing()
+        if missing:
+            raise DataError(
+                f"{len(missing)} of the images that the split lists are missing in dataroot, the first is "
+                f"{missing[0]} (--check_data lists all)"
+            )
         self._stream = stream
         self._batch_size = batch_size
         self._share = batch_size // world_size

@@ -187,6 +187,11 @@ class TaskStream:
         weights[present] = inverse / inverse.mean()
         return weights
 
+    def missing(self) -> list[str]:
+        """Names of the images that the split lists and that are not there."""
+        stores = {id(part.store): part.store for part in (self.train_images, self.test_images)}
+        return [name for store in stores.values() for name in store.missing()]
+
     def _require_images(self) -> None:
         for task in range(len(self)):
             for part, number in (("training", self.train_size(task)), ("test", self.test_size(task))):

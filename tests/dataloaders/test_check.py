@@ -2,20 +2,20 @@
 
 import json
 
-from dataloaders.check import check_data
+from dataloaders.build import build_stream
+from dataloaders.check import check_stream
 from tests.dataloaders.conftest import class_folders
 from tests.dataloaders.test_images import damaged_files
 
 
 def check(root, **settings):
-    result = check_data(
+    stream = build_stream(
         dataset="ImageFolder",
         dataroot=root,
         image_size=16,
-        progress=False,
         **{"first_split_size": 1, "other_split_size": 2, **settings},
     )
-    return json.loads(json.dumps(result))  # plain JSON
+    return json.loads(json.dumps(check_stream(stream, "ImageFolder", progress=False)))  # plain JSON
 
 
 def test_a_good_folder(tmp_path):
@@ -40,7 +40,7 @@ def test_all_damaged_images_are_found(tmp_path):
     for path in damaged:
         (tmp_path / path).write_bytes(damaged_files()[path.split(" ", 2)[2]])
     (tmp_path / "a" / "gone.png").symlink_to("nowhere")
-    result = check(tmp_path, workers=2)
+    result = check(tmp_path)
     assert result["bad"] == sorted([*damaged, "a/gone.png"])
     assert result["train"] + result["test"] == 261
 
@@ -56,13 +56,9 @@ def test_validation_looks_at_the_training_images_alone(tmp_path):
 
 
 def test_the_shipped_data_are_good():
-    result = check_data(
-        dataset="Emoji_R",
-        dataroot="nowhere",
-        image_size=64,
-        first_split_size=20,
-        other_split_size=20,
-        progress=False,
+    stream = build_stream(
+        dataset="Emoji_R", dataroot="nowhere", image_size=64, first_split_size=20, other_split_size=20
     )
+    result = check_stream(stream, "Emoji_R", progress=False)
     assert (result["num_classes"], len(result["tasks"]), result["bad"]) == (200, 10, [])
     assert result["test"] == 600 and [task["test"] for task in result["tasks"]] == [60] * 10

@@ -11,8 +11,10 @@ import yaml
 from dataloaders import imagenet_r
 from dataloaders.base import DataError
 from dataloaders.build import build_stream
+from dataloaders.check import check_stream
 from dataloaders.download import Checksum
 from dataloaders.imagenet_r import TEST_FILE, TRAIN_FILE, ImageNetR
+from dataloaders.loader import DataPipeline
 from tests.dataloaders.conftest import picture
 from tests.dataloaders.server import serve
 
@@ -151,9 +153,13 @@ def test_the_real_size_is_read_in_less_than_a_second(tmp_path):
 def test_missing_images_are_counted(tree, authors, splits_dir, tmp_path):
     for name, text in authors.items():
         (splits_dir / name).write_bytes(text.replace(b"art_0", b"art_9"))
-    settings = {"dataset": "ImageNet_R", "dataroot": tree, "image_size": 16}
-    with pytest.raises(DataError, match="200 of the 1000 images that the split lists are missing"):
-        build_stream(**settings, first_split_size=20, other_split_size=20)
+    stream = build_stream(
+        dataset="ImageNet_R", dataroot=tree, image_size=16, first_split_size=20, other_split_size=20
+    )
+    with pytest.raises(DataError, match="^200 of the images that the split lists are missing"):
+        DataPipeline(stream, batch_size=4, eval_batch_size=4)
+    bad = check_stream(stream, "ImageNet_R", progress=False)["bad"]
+    assert len(bad) == 200 and all(name.endswith("art_9.jpg") for name in bad)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,12 @@ def test_an_augmented_image_is_what_torchvision_makes_of_it_with_the_seed_of_its
         assert any(torch.equal(image, other) for other in expected)
 
 
+def test_an_epoch_goes_on_where_it_was_left(stream):
+    data = pipeline(stream)
+    rest = list(data.train(0, "teacher", 0, first_step=2))
+    assert len(rest) == 1 and same(rest, list(data.train(0, "teacher", 0))[2:])
+
+
 def test_workers_change_nothing(stream, with_workers):
     alone = pipeline(stream)
     for task, phase, epoch in [(0, "teacher", 0), (2, "student", 1), (0, "teacher", 1)]:
@@ -160,8 +166,8 @@ def test_a_damaged_image_is_named_and_the_next_pass_works(tmp_path, workers):
     names = [f"{i}.png" for i in range(8)]
     for i, name in enumerate(names):
         picture(i).save(tmp_path / name)
-    (tmp_path / "5.png").write_bytes(b"")
     data = pipeline(file_stream(tmp_path, names), workers=workers, batch_size=8)
+    (tmp_path / "5.png").write_bytes(b"")
     with pytest.raises(BadImageError) as caught:
         list(data.train(0, "teacher", 0))
     assert str(caught.value) == f"cannot read the image {tmp_path}/5.png: the file is empty"
