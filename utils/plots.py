@@ -20,6 +20,9 @@ _STYLE = {"teacher": {"color": TEACHER, "marker": "s", "linestyle": "--"},
           "student": {"color": STUDENT, "marker": "o", "linestyle": "-"}}
 # For loss terms, in this order.
 _OKABE_ITO = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Of what is recorded for each epoch: the sum of the terms, and what is not a loss.
+_TOTAL = "loss"
+_NO_LOSSES = {"accuracy", "gradient"}
 _RC = {
     "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
@@ -85,6 +88,9 @@ def _png(draw: Any, *arguments: Any) -> bytes | None:
         figure = draw(*arguments)
         if figure is None:
             return None
+        # Laid out once: with a layout engine set, savefig would lay out and draw everything twice.
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine("none")
         data = io.BytesIO()
         figure.savefig(data, format="png", metadata={"Software": None})
     return data.getvalue()
@@ -199,8 +205,7 @@ def _draw_losses(metrics: Mapping[str, Any]) -> Any:
     all_axes = figure.subplots(len(roles), 1, squeeze=False)[:, 0]
     for axes, role in zip(all_axes, roles, strict=True):
         tasks = metrics["losses"][role]
-        terms = list(dict.fromkeys(term for task in tasks for epoch in task for term in epoch))
-        for term, color in zip(terms, _OKABE_ITO, strict=False):
+        for term, color in zip(_loss_terms(tasks), _OKABE_ITO, strict=False):
             _loss_line(axes, term, color, tasks)
         _loss_axis(axes, [len(task) for task in tasks])
         axes.set_title(role, loc="left")
@@ -208,6 +213,16 @@ def _draw_losses(metrics: Mapping[str, Any]) -> Any:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(_title(metrics))
     return figure
+
+
+def _loss_terms(tasks: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The total and the terms that it is made of; what is no loss, always 0 or the total itself is left out."""
+    epochs = [epoch for task in tasks for epoch in task]
+    terms = [term for term in dict.fromkeys(term for epoch in epochs for term in epoch)
+             if term not in _NO_LOSSES and any(epoch.get(term) != 0 for epoch in epochs)]
+    if _TOTAL in terms and len(terms) == 2:
+        terms.remove(_TOTAL)
+    return sorted(terms, key=lambda term: term != _TOTAL)
 
 
 def _loss_line(axes: Any, term: str, color: str, tasks: Sequence[Sequence[Mapping[str, Any]]]) -> None:
@@ -221,7 +236,8 @@ def _loss_line(axes: Any, term: str, color: str, tasks: Sequence[Sequence[Mappin
         ys += [*(float("nan") if value is None else value for value in values), float("nan")]
         epochs_before += len(task)
     marker = "." if epochs_before <= 60 or max(map(len, tasks)) == 1 else None
-    axes.plot(xs, ys, label=term, color=color, linewidth=1.3, marker=marker)
+    label = "total" if term == _TOTAL else term
+    axes.plot(xs, ys, label=label, color=color, linewidth=1.3, marker=marker)
 
 
 def _loss_axis(axes: Any, epochs: Sequence[int]) -> None:
@@ -267,7 +283,7 @@ def _draw_prompt_usage(metrics: Mapping[str, Any]) -> Any:
             continue
         picture = _usage_panel(axes, rows, tasks, scale)
         axes.set_title(f"{role}, {layer}", loc="left")
-        if row == len(layers) - 1:
+        if not any(below in task for below in layers[row + 1:] for task in usage[role]):
             axes.set_xlabel("Prompt of the pool")
         if column == 0:
             axes.set_ylabel("After task")

@@ -29,8 +29,8 @@ def fake_metrics(tasks, *, done=None, teacher=True, pool=10, layers=2, signed=Fa
 
 
 @pytest.mark.parametrize("arguments", [
-    dict(tasks=1), dict(tasks=2, teacher=False, epochs=1), dict(tasks=3, done=2, pool=100, signed=True),
-    dict(tasks=20, layers=1),
+    dict(tasks=1), dict(tasks=2, teacher=False, epochs=1, layers=1), dict(tasks=3, done=2, pool=100, signed=True),
+    dict(tasks=20, layers=1, teacher=False),
 ])
 def test_pictures_of_runs_of_any_length(tmp_path, arguments):
     written = save_plots(tmp_path, fake_metrics(**arguments))
@@ -45,7 +45,7 @@ def test_pictures_of_runs_of_any_length(tmp_path, arguments):
 
 
 def test_same_metrics_same_bytes(tmp_path):
-    metrics = fake_metrics(2)
+    metrics = fake_metrics(1, layers=1, teacher=False)
     first = [path.read_bytes() for path in save_plots(tmp_path, metrics)]
     assert first == [path.read_bytes() for path in save_plots(tmp_path, metrics)]
 
@@ -56,7 +56,7 @@ def test_parts_that_are_missing_have_no_picture(tmp_path):
 
 
 def test_diverged_losses_and_a_student_shallower_than_its_teacher(tmp_path):
-    metrics = fake_metrics(2)
+    metrics = fake_metrics(1)
     metrics["losses"]["student"][0][1]["ce"] = None
     for usage in metrics["prompt_usage"]["student"]:
         del usage["block 1"]
@@ -88,6 +88,12 @@ def test_curves_of_several_runs():
     assert curves_png("KD", curves, (60.0, 90.0)).startswith(b"\x89PNG")
     line = plots._draw_curves("KD", curves, (60.0, 90.0)).axes[0].lines[-1]
     assert list(line.get_ydata()) == [81.0]  # the mean, as far as all runs go
+
+
+def test_losses_are_the_total_and_its_terms():
+    epoch = {"accuracy": 50.0, "ce": 1.0, "distill": None, "gradient": 9.0, "loss": 2.0, "prompt": 0.0}
+    assert plots._loss_terms([[epoch]]) == ["loss", "ce", "distill"]
+    assert plots._loss_terms([[{"ce": 1.0, "loss": 1.0, "prompt": 0.0}]]) == ["ce"]
 
 
 def test_limits():

@@ -16,9 +16,14 @@ from utils.report.__main__ import main
 from utils.report.runs import Column, find_runs, read_run
 from utils.report.table import Cell, build_report, paper_numbers
 
-pytest.importorskip("matplotlib")
-
 BASE_SMALL = {"t_model": "vit_base_patch16_224", "s_model": "vit_small_patch16_224"}
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing takes most of a report's time, so only the tests of the page in a browser do it."""
+    if "page" not in request.fixturenames:
+        monkeypatch.setattr("utils.report.page.curves_png", lambda *arguments: b"picture")
 
 
 def put(folder, *, final=60.0, tasks=2, done=None, dataset="Emoji_R", learner="L2P", method="KD", seed=1,
@@ -263,6 +268,7 @@ def browse(tmp_path, url, width, *flags):
 @pytest.fixture
 def page(tmp_path):
     """The page of a report with everything in it."""
+    pytest.importorskip("matplotlib")
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed: the page was not opened in a browser")
     runs = tmp_path / "runs"
