@@ -56,6 +56,8 @@ BAD = [
     flag("--dataset cifar100", "--dataset", "CIFAR100"),
     flag("--t_model vit_bas_patch16_224", "--t_model", "did you mean vit_base_patch16_224?"),
     flag("--s_model mini_vit_smal", "--s_model", "did you mean mini_vit_small?"),
+    flag(f"--s_model {'9' * 5000}", "--s_model must be a model", "999..."),
+    key({"t_model": "mini\nvit"}, "t_model", "must be a model"),
     flag("--t_model resnet50", "--t_model", "no vision transformer"),
     flag("--t_model vit_base_patch16_224.augreg_in22k", "--t_model", "augreg_in21k"),
     flag("--class_order random", "--class_order", "natural | shuffled"),

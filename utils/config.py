@@ -96,8 +96,11 @@ class Text(Rule):
         return self.what
 
     def one(self, item: object) -> str | None:
-        usable = isinstance(item, (str, int, float)) and not isinstance(item, bool)
-        return str(item) if usable and str(item).strip() and "\0" not in str(item) else None
+        if isinstance(item, bool) or not isinstance(item, (str, int, float)):
+            return None
+        text = str(item)
+        # Longer or with control characters it is no name and no path, but would spoil every message.
+        return text if text.strip() and len(text) <= 1000 and min(text) >= " " else None
 
 
 @dataclass(frozen=True)
