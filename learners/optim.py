@@ -36,7 +36,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings)
     lr, momentum, decay = settings.lr, settings.momentum, settings.weight_decay
     match settings.optimizer:
         case "Adam":
-            return torch.optim.Adam(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=decay)
+            return torch.optim.Adam(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=decay, fused=True)
         case "amsgrad":
             betas = (momentum, 0.999)
             return torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=decay, amsgrad=True)
