@@ -1,0 +1,158 @@
+"""The scripts in experiments/ call run.py as they say; a stub of Python writes down the calls."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STUB = r"""#!/bin/sh
+# A Python that writes its arguments down. A run gets finished unless it holds the word in FAIL.
+[ "$2" = "${2%run.py}" ] && [ "$1" != -m ] && exit 0
+{ printf '%s\n' "$@"; echo "threads=${OMP_NUM_THREADS:-}"; echo "in=$PWD"; echo; } >>"$CALLS"
+[ "$1" = -m ] && exit 0
+echo "bars of run.py"
+for word; do
+    [ "$last" = --log_dir ] && folder=$word
+    [ "$word" = "${FAIL:-}" ] && exit 2
+    last=$word
+done
+mkdir -p "$folder/Results"
+echo ' "complete": true' >"$folder/manifest.json"
+printf '70.00\n61.25\n' >"$folder/Results/acc_s.csv"
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Calls a script of experiments/ in a project with a space in its path, from another folder."""
+    project, bin_dir = tmp_path / "my project", tmp_path / "env/bin"
+    shutil.copytree(ROOT / "experiments", project / "experiments")
+    shutil.copytree(ROOT / "configs", project / "configs")
+    (project / "install_requirements.sh").write_text("exit 0\n")
+    bin_dir.mkdir(parents=True)
+    (bin_dir / "python").write_text(STUB)
+    (bin_dir / "python").chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def call(name, *arguments, code=0, **environment):
+        calls.write_text("")
+        kept = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "CONDA_PREFIX")}
+        done = subprocess.run(
+            ["bash", str(project / "experiments" / name), *arguments], cwd=tmp_path, capture_output=True, text=True,
+            env={**kept, "VIRTUAL_ENV": str(tmp_path / "env"), "CALLS": str(calls), **environment},
+            stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done, [block.split("\n") for block in calls.read_text().split("\n\n") if block]
+
+    call.project = project
+    return call
+
+
+def flag(call, name, count=1):
+    values = call[call.index(name) + 1 :][:count]
+    return values[0] if count == 1 else values
+
+
+@pytest.mark.parametrize("name, data, config", [
+    ("cifar-100.sh", "cifar-100", "cifar-100_prompt.yaml"), ("imagenet-r.sh", "imagenet-r", "imnet-r_prompt.yaml")])
+def test_one_run_of_the_paper(script, name, data, config):
+    _, (call,) = script(name)
+    assert flag(call, "--config") == str(script.project / "configs" / config)
+    assert Path(flag(call, "--config")).exists()
+    assert (flag(call, "--learner_name"), flag(call, "--KD_method")) == ("CODAPrompt", "KD_Token")
+    assert flag(call, "--prompt_param", 3) == ["100", "8", "0.0"]
+    assert flag(call, "--kd_prompt_param", 2) == ["12", "6"]
+    assert (flag(call, "--t_model"), flag(call, "--s_model")) == ("vit_base_patch16_224", "vit_small_patch16_224")
+    assert flag(call, "--log_dir") == str(script.project / "outputs" / data / "CODAPrompt" / "KD_Token")
+    assert flag(call, "--dataroot") == str(script.project / "data")
+    assert "--gpuid" not in call
+    _, (call,) = script(name, "DualPrompt", "KD", "0", "1", "--", "--log_dir", "a b", "--random_s", "2")
+    assert (flag(call, "--learner_name"), flag(call, "--KD_method")) == ("DualPrompt", "KD")
+    assert flag(call, "--prompt_param", 3) == ["10", "20", "6"]
+    assert flag(call, "--gpuid", 2) == ["0", "1"]
+    assert call[call.index("--random_s") - 2 :][:4] == ["--log_dir", "a b", "--random_s", "2"]
+    _, (call,) = script(name, "L2P", "--", "--lr", "0.1")
+    assert flag(call, "--prompt_param", 3) == ["30", "20", "-1"] and flag(call, "--lr") == "0.1"
+    assert (flag(call, "--KD_method"), "--gpuid" in call) == ("KD_Token", False)
+    _, (call,) = script(name, "Mine", "none")
+    assert "--prompt_param" not in call
+
+
+def test_whole_table_of_a_data_set(script):
+    _, calls = script("table.sh", "cifar-100")
+    *runs, report = calls
+    cells = {(flag(c, "--t_model"), flag(c, "--s_model"), flag(c, "--learner_name"), flag(c, "--KD_method"),
+              tuple(flag(c, "--kd_prompt_param", 2)) if "--kd_prompt_param" in c else ()) for c in runs}
+    assert len(runs) == len(cells) == 2 * 3 * 7
+    assert ("vit_base_patch16_224", "vit_small_patch16_224", "L2P", "none", ()) in cells
+    assert ("vit_large_patch16_224", "vit_base_patch16_224", "DualPrompt", "KD_Token", ("1", "6")) in cells
+    assert all(("--batch_size" in c) == ("vit_large_patch16_224" in c) for c in runs)
+    assert len({flag(c, "--log_dir") for c in runs}) == len(runs)
+    assert report[:5] == ["-m", "utils.report", ".", "--out", "report"]
+    assert report[-1] == f"in={script.project}/outputs/table/cifar-100"
+    assert runs[0][-2] == "threads="
+
+
+def test_any_part_of_the_table(script, tmp_path):
+    options = ["imagenet-r", "--learners", "L2P", "CODAPrompt", "--kd", "KD", "KD_Token:12,6", "--pairs", "base-small",
+               "--seeds", "4", "5", "--out", "my out", "--", "--gpuid", "0", "--name", "a b"]
+    done, calls = script("table.sh", *options)
+    *runs, report = calls
+    assert len(runs) == 2 * 2 * 2
+    assert {flag(c, "--random_s") for c in runs} == {"4", "5"}
+    assert flag(runs[1], "--log_dir") == str(tmp_path / "my out/base-small/L2P/KD_Token-12-6/seed-4")
+    assert all(flag(c, "--gpuid") == "0" and flag(c, "--name") == "a b" for c in runs)
+    assert "bars of run.py" in done.stdout
+    assert "base-small L2P KD, seed 4: accuracy 61.25 %" in done.stdout
+    done, calls = script("table.sh", *options)
+    assert len(calls) == 1 and calls[0][1] == "utils.report"  # all finished before
+    assert done.stdout.count("finished before") == 8
+
+
+def test_quickstart_table_runs_two_at_a_time(script):
+    done, calls = script("quickstart_table.sh", "--learners", "L2P")
+    *runs, report = calls
+    assert len(runs) == 6 * 3
+    assert {flag(c, "--random_s") for c in runs} == {"1", "2", "3"}
+    assert all("--t_model" not in c and "--no_progress" in c and "threads=1" in c for c in runs)
+    assert flag(next(c for c in runs if "KD_Token" in c), "--kd_prompt_param", 2) == ["4", "6"]
+    assert "bars of run.py" not in done.stdout and done.stdout.count("accuracy 61.25 %") == 18
+    assert report[-1].endswith("outputs/table/emoji-r")
+
+
+def test_failed_run_stops_the_table_but_not_the_report(script):
+    done, calls = script("table.sh", "emoji-r", "--learners", "L2P", code=1, FAIL="DKD")
+    assert [flag(c, "--KD_method") for c in calls[:-1]] == ["none", "KD", "DKD"]
+    assert calls[-1][1] == "utils.report"
+    assert "mini L2P DKD, seed 1 stopped with exit code 2" in done.stderr
+    assert "started again with the same arguments" in done.stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "first argument"), (["mnist"], "not 'mnist'"), (["emoji-r", "--pairs", "base-small"], "no pair for emoji-r"),
+    (["cifar-100", "--seeds"], "--seeds needs a value"), (["cifar-100", "--seed", "1"], "unknown option --seed"),
+    (["cifar-100", "--jobs", "0"], "--jobs must be"),
+])
+def test_mistakes(script, arguments, words):
+    done, calls = script("table.sh", *arguments, code=2)
+    assert words in done.stderr and done.stderr.count("\n") == 1 and not calls
+    assert not (script.project / "outputs").exists()
+
+
+@pytest.mark.parametrize("name", ["cifar-100.sh", "imagenet-r.sh", "table.sh", "quickstart_table.sh"])
+def test_help(script, name):
+    done, calls = script(name, "--help")
+    assert "bash experiments/" in done.stdout and "#" not in done.stdout and not calls
+
+
+def test_options_of_the_scripts_are_options_of_run_py():
+    from utils.config import OPTIONS
+
+    text = "".join(path.read_text() for path in ROOT.glob("experiments/*.sh"))
+    own = {"learners", "kd", "pairs", "seeds", "jobs", "out", "cell", "help", "tests"}
+    assert set(re.findall(r"(?<![\w-])--(\w+)", text)) - own <= set(OPTIONS)
