@@ -13,7 +13,6 @@ from utils.report.table import (
     ABOUT,
     ABOUT_GAINS,
     NONE,
-    PAPER_SOURCE,
     RUN_HEAD,
     Cell,
     Report,
@@ -82,7 +81,7 @@ def markdown(report: Report) -> str:
     lines = ["# Continual Distillation Learning: results", "", _md(ABOUT), ""]
     for dataset in report.datasets():
         lines += _md_dataset(report, dataset)
-    lines += [_md(PAPER_SOURCE), "", "## Runs", ""]
+    lines += [*map(_md, report.sources()), "", "## Runs", ""]
     lines += _md_table(RUN_HEAD, [[_md(text) for text in run_texts(run)] for run in report.runs])
     if report.unused:
         lines += ["## Folders not used", ""]
@@ -146,7 +145,8 @@ def _tex_spread(text: str) -> str:
 
 def latex(report: Report) -> str:
     """The text of report.tex: one table over both columns per data set, which needs no package."""
-    lines = [f"% {_tex(ABOUT)}", f"% {_tex(PAPER_SOURCE)}", "% *: and unfinished runs, which do not count"]
+    lines = [f"% {_tex(text)}" for text in (ABOUT, *report.sources())]
+    lines.append("% *: and unfinished runs, which do not count")
     for dataset in report.datasets():
         columns = report.columns(dataset)
         caption = rf"{_tex(dataset)}: average accuracy / forgetting of the student (\%)."

@@ -11,7 +11,6 @@ from utils.report.runs import Row
 from utils.report.table import (
     ABOUT,
     ABOUT_GAINS,
-    PAPER_SOURCE,
     RUN_HEAD,
     Cell,
     Report,
@@ -174,7 +173,7 @@ def html_page(report: Report) -> str:
     lines = [_HEAD]
     for dataset in report.datasets():
         lines += _dataset(report, dataset)
-    lines += [f"<p>{_h(PAPER_SOURCE)}</p>", "<h2>Runs</h2>"]
+    lines += [*(f"<p>{_h(source)}</p>" for source in report.sources()), "<h2>Runs</h2>"]
     rows = []
     for run in report.runs:
         *texts, state = map(_h, run_texts(run))

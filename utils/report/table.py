@@ -115,6 +115,10 @@ class Report:
     def datasets(self) -> list[str]:
         return list(dict.fromkeys(row.dataset for row in self.cells))
 
+    def sources(self) -> list[str]:
+        """Where the numbers that are not ours come from."""
+        return [PAPER_SOURCE] if any(c.paper for row in self.cells.values() for c in row.values()) else []
+
     def rows(self, dataset: str) -> list[Row]:
         return [row for row in self.cells if row.dataset == dataset]
 
