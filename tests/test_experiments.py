@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 STUB = r"""#!/bin/sh
 # A Python that writes its arguments down. A run gets finished unless it holds the word in FAIL.
 [ "$2" = "${2%run.py}" ] && [ "$1" != -m ] && exit 0
-{ printf '%s\n' "$@"; echo "threads=${OMP_NUM_THREADS:-}"; echo "in=$PWD"; echo; } >>"$CALLS"
+text=$(printf '%s\n' "$@" "threads=${OMP_NUM_THREADS:-}" "in=$PWD")
+printf '%s\n\n' "$text" >>"$CALLS" # in one piece: another run may write at the same time
 [ "$1" = -m ] && exit 0
 echo "bars of run.py"
 for word; do
