@@ -1,19 +1,24 @@
 """The paper's augmentation and test transform, on Pillow images.
 
-They are torchvision's (v2) transforms, taken apart so that nothing is computed twice: the same random
-numbers are drawn from torch's generator in the same order and the same Pillow calls are made, so the pixels
-are equal, but an image stays uint8 until its batch is converted to [0, 1]. No mean/std normalisation follows.
+They are torchvision's (v2) transforms, taken apart so that nothing is computed twice: the same random numbers
+are drawn from torch's generator in the same order and the same pixels come out, but an image stays uint8 until
+its batch is converted to [0, 1]. No mean/std normalisation follows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import RandomResizedCrop
 
 from dataloaders.base import TestCrop
+
+_BILINEAR = Image.Resampling.BILINEAR
+_RATIO = (3 / 4, 4 / 3)  # of a random crop's sides
+_LOG_RATIO = torch.log(torch.tensor(_RATIO)).tolist()
 
 
 class TrainTransform:
@@ -26,17 +31,40 @@ class TrainTransform:
 
     def __init__(self, size: int, crop_scale: Sequence[float] = (0.08, 1.0)) -> None:
         self.size = size
-        self._crop = RandomResizedCrop(size, scale=tuple(crop_scale), antialias=True)
+        self.crop_scale = (float(crop_scale[0]), float(crop_scale[1]))
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """RGB image of any size -> RGB image [size, size]."""
-        crop = self._crop.make_params([image])
-        left, top = crop["left"], crop["top"]
-        image = image.crop((left, top, left + crop["width"], top + crop["height"]))
-        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        box = random_crop(*image.size, self.crop_scale)
+        # Resizing with ``box=`` instead would also look at the pixels around the crop.
+        image = image.crop(box).resize((self.size, self.size), _BILINEAR)
         if torch.rand(1).item() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
+
+
+def random_crop(width: int, height: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """The crop (left, top, right, bottom) of torchvision's RandomResizedCrop, from the same random numbers.
+
+    It is written out because ``RandomResizedCrop.make_params`` takes as long as all of a small image's pixels.
+    """
+    draw = torch.empty(1)
+    for _ in range(10):
+        area = width * height * draw.uniform_(*scale).item()
+        ratio = draw.uniform_(*_LOG_RATIO).exp_().item()
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = torch.randint(0, height - h + 1, (1,)).item()
+            left = torch.randint(0, width - w + 1, (1,)).item()
+            return left, top, left + w, top + h
+    # Ten misses: the largest central crop of a shape that is allowed.
+    w, h = width, height
+    if width / height < _RATIO[0]:
+        h = round(width / _RATIO[0])
+    elif width / height > _RATIO[1]:
+        w = round(height * _RATIO[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
 class EvalTransform:
@@ -53,21 +81,61 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """RGB image of any size -> RGB image [size, size]."""
-        size = self.size
         if self.crop == "stretch":
-            return image.resize((size, size), Image.Resampling.BILINEAR)
-        width, height = _scaled(image.size, size * 256 // 224)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = round((width - size) / 2), round((height - size) / 2)
+            return image.resize((self.size, self.size), _BILINEAR)
+        return _resize_and_cut(image, self.size * 256 // 224, self.size)
+
+
+def _resize_and_cut(image: Image.Image, shorter: int, size: int) -> Image.Image:
+    """torchvision's Resize(shorter) and CenterCrop(size), computing little of what is cut off.
+
+    Pillow resizes across and then down, except that it may begin with the height of a much taller image. The two
+    are done by themselves here, and columns are cut in between.
+    """
+    width, height = image.size
+    # The longer side is rounded down.
+    if width <= height:
+        new_width, new_height = shorter, int(shorter * height / width)
+    else:
+        new_width, new_height = int(shorter * width / height), shorter
+    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+    if height > 1.5 * width:
+        image = image.resize((new_width, new_height), _BILINEAR)
         return image.crop((left, top, left + size, top + size))
 
+    # Where the scale is a dyadic fraction, a part can be resized by itself to the same pixels: the positions at
+    # which Pillow samples are then exact. That holds for the paper's 256.
+    exact = shorter & (shorter - 1) == 0
+    if exact and new_height == shorter:
+        scale = height / shorter
+        first, last = top * scale, (top + size) * scale
+        start = max(0, math.floor(first - scale) - 2)
+        stop = min(height, math.ceil(last + scale) + 2)
+        rows = image.crop((0, start, width, stop))
+        columns = _columns(rows, new_width, left, size)
+        return columns.resize((size, size), _BILINEAR, box=(0, first - start, size, last - start))
+    if exact:
+        scale = width / shorter
+        box = (left * scale, 0, (left + size) * scale, height)
+        columns = image.resize((size, height), _BILINEAR, box=box)
+    else:
+        columns = _columns(image, new_width, left, size)
+    return columns.resize((size, new_height), _BILINEAR).crop((0, top, size, top + size))
 
-def _scaled(size: tuple[int, int], shorter: int) -> tuple[int, int]:
-    """(width, height) after torchvision's Resize(shorter), whose longer side is rounded down."""
-    width, height = size
-    if width <= height:
-        return shorter, int(shorter * height / width)
-    return int(shorter * width / height), shorter
+
+def _columns(image: Image.Image, width: int, left: int, size: int) -> Image.Image:
+    """Resize across to ``width``, then cut ``size`` columns."""
+    return image.resize((width, image.height), _BILINEAR).crop((left, 0, left + size, image.height))
+
+
+def to_planes(image: Image.Image, planes: np.ndarray) -> None:
+    """Write an RGB image [H, W] into ``planes``, uint8 [3, H, W]."""
+    if planes.shape[2] < 128:
+        planes[:] = np.asarray(image).transpose(2, 0, 1)
+        return
+    # Pillow takes large images apart faster than numpy does.
+    for plane, band in zip(planes, image.split(), strict=True):
+        plane.reshape(-1)[:] = np.frombuffer(band.tobytes(), np.uint8)
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
@@ -76,4 +144,3 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
     The divisor is a tensor because CUDA multiplies by the reciprocal of a Python number instead.
     """
     return images.to(torch.float32).div_(torch.tensor(255.0, device=images.device))
-

@@ -6,14 +6,16 @@ import torch
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from dataloaders.transforms import EvalTransform, TrainTransform, to_unit
+from dataloaders.transforms import EvalTransform, TrainTransform, to_planes, to_unit
 from tests.dataloaders.conftest import picture
 
-SIZES = [(32, 32), (64, 64), (100, 75), (75, 100), (300, 20), (20, 300), (1, 1), (224, 224)]
+SIZES = [(32, 32), (64, 64), (100, 75), (75, 100), (300, 20), (20, 300), (1, 1), (224, 224), (500, 333)]
 
 
 def as_batch(image) -> torch.Tensor:
-    return to_unit(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
+    planes = np.empty((3, image.height, image.width), dtype=np.uint8)
+    to_planes(image, planes)
+    return to_unit(torch.from_numpy(planes))
 
 
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.5, 1.0)])
@@ -45,6 +47,16 @@ def test_test_pixels_equal_v1(size, target):
     assert torch.equal(theirs, as_batch(EvalTransform(target, "center_crop")(image)))
     stretched = v1.Compose([v1.Resize((target, target)), v1.ToTensor()])(image)
     assert torch.equal(stretched, as_batch(EvalTransform(target, "stretch")(image)))
+
+
+def test_test_pixels_equal_v1_at_any_size():
+    theirs = v1.Compose([v1.Resize(256), v1.CenterCrop(224)])
+    ours = EvalTransform(224, "center_crop")
+    rng = np.random.default_rng(0)
+    shapes = [(400, 599), (400, 600), (400, 601), (200, 300), *rng.integers(180, 800, (60, 2)).tolist()]
+    for trial, shape in enumerate(shapes):
+        image = picture(trial, tuple(shape))
+        assert np.array_equal(theirs(image), ours(image)), image.size
 
 
 def test_an_image_of_the_input_size_passes_stretch_unchanged():
