@@ -107,7 +107,7 @@ def check_pair(teacher: PromptedViT, student: PromptedViT) -> None:
 
 def size_of(vit: PromptedViT) -> ViTSize:
     """The sizes of a built backbone, for the checks of :mod:`models.sizes`."""
-    patch = vit.vit.patch_embed.patch_size[0]
+    patch = vit.image_size // vit.vit.patch_embed.grid_size[0]
     return ViTSize(vit.embed_dim, vit.depth, vit.num_heads, vit.image_size, patch, vit.num_tokens)
 
 

@@ -1,0 +1,33 @@
+"""Settings for all tests: the same numbers on every CPU, and no network."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+# All of this is read when torch and the hub's client are loaded, and inherited by the processes of tests.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")  # one order of sums on all CPUs, see tests/golden.py
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def is_local(address: object) -> bool:
+    """Whether a socket's address is on this machine (paths of Unix sockets are)."""
+    return not isinstance(address, tuple) or address[0] in ("127.0.0.1", "::1", "localhost")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Connecting to another machine fails at once, as on a machine without network."""
+    connect = socket.socket.connect
+
+    def refuse(self, address):
+        if not is_local(address):
+            raise OSError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        yield

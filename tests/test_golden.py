@@ -1,0 +1,102 @@
+"""Every number recorded from the authors' implementation comes out again, and a wrong formula is noticed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learners.distillers import base, kd_token
+from models.prompts import coda
+from tests.golden import LIMITS, GoldenCase, check_case, compare, main
+
+FOLDER = Path(__file__).parent / "golden_cases"
+CASES = sorted(path.parent.name for path in FOLDER.glob("*/case.json"))
+GROWTH = np.load(FOLDER / "gram_schmidt.npz")
+
+
+@pytest.fixture
+def case(request, tmp_path):
+    """The folder of a whole case: its own inputs and those that all cases share."""
+    folder = tmp_path / request.param
+    folder.mkdir()
+    for name in ("case.json", "expected.npz"):
+        shutil.copyfile(FOLDER / request.param / name, folder / name)
+    inputs = {**np.load(FOLDER / "common.npz"), **np.load(FOLDER / request.param / "inputs.npz")}
+    np.savez(folder / "inputs.npz", **inputs)
+    return folder
+
+
+def beyond(worst: dict[str, float]) -> set[str]:
+    return {kind for kind, error in worst.items() if error > LIMITS[kind]}
+
+
+def test_all_cases_are_there():
+    assert len(CASES) == 7
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*")) < 3_000_000
+
+
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_case(case):
+    worst = check_case(case)
+    assert set(worst) == set(LIMITS)
+    assert not beyond(worst), worst
+
+
+@pytest.mark.parametrize("case", ["l2p_kd"], indirect=True)
+def test_outputs_have_the_recorded_keys_and_every_one_counts(case, tmp_path):
+    """Written without expected.npz; a change of any single value beyond the limit is an error."""
+    expected = dict(np.load(case / "expected.npz"))
+    (case / "expected.npz").unlink()
+    assert main([str(case), "--outputs", str(tmp_path / "out")]) == 0
+    outputs = dict(np.load(tmp_path / "out" / "l2p_kd.npz"))
+    assert not beyond(compare(outputs, expected))
+    for key in expected:
+        wrong = outputs[key].astype(np.float64)
+        wrong.flat[-1] += 2e-3 * (0.1 + abs(wrong.flat[-1]))
+        assert len(beyond(compare(outputs | {key: wrong}, expected))) == 1, key
+        missing = {other: value for other, value in outputs.items() if other != key}
+        assert beyond(compare(missing, expected)), key
+
+
+@pytest.mark.parametrize("case", ["coda_kd_token"], indirect=True)
+@pytest.mark.parametrize(
+    ("module", "name", "wrong", "kind"),
+    [
+        (kd_token, "kd_loss", lambda s, t, *, temperature: base.kd_loss(s, t, temperature=1.0), "loss"),
+        (kd_token, "kd_loss", lambda s, t, *, temperature: base.kd_loss(t, s, temperature=temperature), "loss"),
+        (coda, "component_weights", lambda q, k, a: torch.softmax(q @ k.T, dim=1), "logits"),
+    ],
+    ids=["temperature", "direction of KL", "CODA's selection"],
+)
+def test_a_wrong_formula_is_noticed(case, monkeypatch, module, name, wrong, kind):
+    monkeypatch.setattr(module, name, wrong)
+    golden = GoldenCase(case)
+    golden.settings["num_tasks"] = 1  # one task is enough; the learner is built for all
+    outputs = golden.run()
+    expected = {key: value for key, value in np.load(case / "expected.npz").items() if key.startswith("task0/")}
+    assert kind in beyond(compare(outputs, expected))
+
+
+@pytest.mark.parametrize("case", ["dual_dkd"], indirect=True)
+def test_exit_code_tells_of_an_error(case, capsys):
+    expected = dict(np.load(case / "expected.npz"))
+    expected["task0/teacher/step1/loss"] = expected["task0/teacher/step1/loss"] * 1.001
+    np.savez(case / "expected.npz", **expected)
+    assert main([str(case)]) == 1
+    assert "BEYOND THE LIMIT: loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", sorted({key.rsplit("/", 1)[0] for key in GROWTH.files}))
+def test_growth(prefix):
+    before, draws, after = (torch.from_numpy(GROWTH[f"{prefix}/{key}"]) for key in ("before", "draws", "after"))
+    per_task = len(before) // int(GROWTH[f"{prefix}/num_tasks"])
+    start = int(GROWTH[f"{prefix}/task"]) * per_task
+    grown = coda.gram_schmidt_growth(before, draws, start)
+    assert len(draws) == per_task
+    error = ((grown - after).abs() / (0.1 + after.abs())).max()
+    assert error < 1e-5
+    assert torch.equal(grown[:start], before[:start])
