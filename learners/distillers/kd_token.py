@@ -31,7 +31,7 @@ class KDPrompt(nn.Module):
 
     def suffixes(self, depth: int) -> list[KV | None]:
         """Keys and values to append in each of ``depth`` blocks."""
-        prompts = [split_prompt(self.get_parameter(f"kd_p_{layer}")[None]) for layer in range(1, self.layers)]
+        prompts = [split_prompt(getattr(self, f"kd_p_{layer}")[None]) for layer in range(1, self.layers)]
         return [None, *prompts, *[None] * (depth - self.layers)]
 
 

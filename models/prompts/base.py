@@ -34,6 +34,9 @@ class PromptPool(nn.Module):
     A pool selects by a query [B, Dq] and knows neither the backbone nor the KD method. It behaves by
     ``self.training``: in training it may use the current task, in evaluation it may not.
 
+    Parameters are read as attributes, never through ``get_parameter`` or ``parameters()``: in a replica of
+    ``DataParallel`` they are plain tensors.
+
     Args:
         dims: sizes of query, backbone and task stream.
     """

@@ -64,7 +64,7 @@ class CODAPrompt(PromptPool):
 
     def usage(self, query: Tensor) -> dict[str, Tensor]:
         """Sum over the batch of each component's weight, per block."""
-        pool = len(self.get_parameter(f"e_k_{self.layers[0]}"))
+        pool = len(getattr(self, f"e_k_{self.layers[0]}"))
         result = {}
         for layer in self.layers:
             _, keys, attention = self._visible(layer)
@@ -79,7 +79,7 @@ class CODAPrompt(PromptPool):
 
     def _tensors(self, layer: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         # The order, keys before attention before components, is the order of the random draws.
-        return tuple(self.get_parameter(f"e_{kind}_{layer}") for kind in ("k", "a", "p"))
+        return tuple(getattr(self, f"e_{kind}_{layer}") for kind in ("k", "a", "p"))
 
     def _visible(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Components, keys and attention up to the current task; past ones without gradient in training."""

@@ -37,10 +37,10 @@ class DualPrompt(PromptPool):
         prompts = self.no_prompts()
         loss = query.new_zeros(())
         for layer in self.g_layers:
-            prompts[layer] = LayerPrompt(prefix=split_prompt(self.get_parameter(f"g_p_{layer}")[None]))
+            prompts[layer] = LayerPrompt(prefix=split_prompt(getattr(self, f"g_p_{layer}")[None]))
         for layer in self.e_layers:
             similarity = self._similarity(query, layer)
-            e_p = self.get_parameter(f"e_p_{layer}")
+            e_p = getattr(self, f"e_p_{layer}")
             if self.training:
                 prompt = e_p[self.task][None]  # the task is known in training
                 loss = loss + (1 - similarity[:, self.task]).mean()
@@ -59,4 +59,4 @@ class DualPrompt(PromptPool):
         return result
 
     def _similarity(self, query: Tensor, layer: int) -> Tensor:
-        return cosine_similarity(query, self.get_parameter(f"e_k_{layer}"))
+        return cosine_similarity(query, getattr(self, f"e_k_{layer}"))

@@ -37,7 +37,7 @@ class L2P(PromptPool):
         loss = query.new_zeros(())
         for layer in self.layers:
             best = self._best(query, layer)
-            chosen = split_prompt(self.get_parameter(f"e_p_{layer}")[best.indices])  # [B, 5, P, D]
+            chosen = split_prompt(getattr(self, f"e_p_{layer}")[best.indices])  # [B, 5, P, D]
             prompts[layer] = LayerPrompt(prefix=KV(chosen.key.flatten(1, 2), chosen.value.flatten(1, 2)))
             if self.training:
                 loss = loss + (1 - best.values).sum(1).mean()  # arXiv 2112.08654 eq. 5
@@ -47,11 +47,11 @@ class L2P(PromptPool):
         """How many images choose each prompt, per block (five choices an image)."""
         return {
             f"block {layer}": torch.bincount(
-                self._best(query, layer).indices.flatten(), minlength=len(self.get_parameter(f"e_k_{layer}"))
+                self._best(query, layer).indices.flatten(), minlength=len(getattr(self, f"e_k_{layer}"))
             ).float()
             for layer in self.layers
         }
 
     def _best(self, query: Tensor, layer: int) -> torch.return_types.topk:
         """Similarities and indices of the five nearest keys, [B, 5] each."""
-        return cosine_similarity(query, self.get_parameter(f"e_k_{layer}")).topk(TOP_K, dim=1)
+        return cosine_similarity(query, getattr(self, f"e_k_{layer}")).topk(TOP_K, dim=1)
