@@ -1,8 +1,10 @@
 """Pre-train mini_vit_base and mini_vit_small on the base classes of Emoji-R, on one CPU core each.
 
     python dataloaders/data/emoji_r/build.py --node_modules DIR --out DIR --base base.npz
-    python -m models.pretrain_mini_vit --base base.npz --model mini_vit_base --epochs 60 --out runs/base
-    python -m models.pretrain_mini_vit --base base.npz --model mini_vit_small --epochs 100 --out runs/small
+    python -m models.pretrain_mini_vit --base base.npz --model mini_vit_small --epochs 80 --out runs/small
+    python -m models.pretrain_mini_vit --base base.npz --model mini_vit_base --epochs 44 --out runs/base
+    python -m models.pretrain_mini_vit --base base.npz --model mini_vit_base --epochs 36 --out runs/base2 \
+        --init runs/base/checkpoint.pt
     python -m models.pretrain_mini_vit --probe
 
 Writes ``OUT/checkpoint.pt`` after every epoch (a killed run continues from there and ends with the same
@@ -239,6 +241,7 @@ def write_atomically(path: Path, write) -> None:
     """Call ``write(temporary path)``, then rename, so that a kill never leaves half a file."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
+    temporary.chmod(0o644)  # safetensors makes files that only their owner can read
     os.replace(temporary, path)
 
 
@@ -284,6 +287,10 @@ def train(args) -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first, seconds = saved["epoch"], saved["seconds"]
+    elif args.init:
+        saved = torch.load(args.init, weights_only=True)
+        model.load_state_dict(saved["model"])
+        seconds = saved["seconds"]
     LOG.info("%s: %d classes, %d images, %d held-out classes, from epoch %d of %d", args.model,
              data.num_classes, len(data.labels), held_train.num_classes, first, args.epochs)
     for epoch in range(first, args.epochs):
@@ -322,10 +329,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, help="base.npz of dataloaders/data/emoji_r/build.py")
     parser.add_argument("--model", choices=MODELS)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--lr", type=float, help=f"default: {LEARNING_RATES}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--init", type=Path,
+                        help="checkpoint.pt of a finished run, to start another cosine cycle from its weights")
     parser.add_argument("--out", type=Path, help="folder of checkpoint.pt and the weights")
     parser.add_argument("--probe", action="store_true", help="evaluate models/weights on the novel classes")
     args = parser.parse_args()
