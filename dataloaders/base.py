@@ -56,6 +56,10 @@ class ImageStore(ABC):
             BadImageError: it is missing, empty or damaged; the message names it.
         """
 
+    def open_lazily(self, index: int) -> Image.Image:
+        """The same, but an image that is easily read in part may come undecoded: see :func:`load_rows`."""
+        return self.open(index)
+
     @abstractmethod
     def name(self, index: int) -> str:
         """Where image ``index`` is, relative to ``dataroot``."""
@@ -163,6 +167,63 @@ def read_image(file: str | Path | Any, name: str | Path | None = None) -> Image.
         raise BadImageError(name, _reason(file, error)) from error
 
 
+def open_image(path: str) -> Image.Image:
+    """An image file as upright RGB; an upright RGB JPEG file comes undecoded, for :func:`load_rows`.
+
+    Raises:
+        BadImageError: it is missing, empty or damaged.
+    """
+    try:
+        image = Image.open(path)
+        if _decodes_from_above(image):
+            return image
+        with image:
+            image.load()
+            return as_rgb(image)
+    except Exception as error:  # see read_image
+        raise BadImageError(path, _reason(path, error)) from error
+
+
+def load_rows(image: Image.Image, rows: int) -> Image.Image:
+    """Decode at least the upper ``rows`` of an image of :func:`open_image`; the others may be black.
+
+    A JPEG file is decoded from above, so that what lies below a crop need not be.
+
+    Raises:
+        BadImageError: it is damaged.
+    """
+    tile = getattr(image, "tile", None)
+    if not tile:
+        return image
+    if rows < image.height:
+        image.tile = [tile[0]._replace(extents=(0, 0, image.width, rows))]
+    try:
+        image.load()
+    except Exception as error:  # see read_image
+        if rows == image.height:
+            raise BadImageError(image.filename, _reason(image.filename, error)) from error
+        # Pillow takes the early end for an error. A row that is not black has been decoded, and so have those
+        # above it; a black one may never have been.
+        if image.crop((0, rows - 1, image.width, rows)).getbbox() is None:
+            return read_image(image.filename)
+    return image
+
+
+def _decodes_from_above(image: Image.Image) -> bool:
+    """Whether this is an upright RGB JPEG file that is not cut short, which only reading all of it would show."""
+    if image.format != "JPEG" or image.mode != "RGB" or len(image.tile) != 1:
+        return False
+    return not _ORIENTATION_KEYS & image.info.keys() and _ends_with(image.fp, b"\xff\xd9")
+
+
+def _ends_with(file: Any, end: bytes) -> bool:
+    position = file.tell()
+    file.seek(-len(end), os.SEEK_END)
+    found = file.read(len(end))
+    file.seek(position)
+    return found == end
+
+
 def _reason(file: str | Path | Any, error: Exception) -> str:
     """Why an image cannot be read, without the path, which the caller adds."""
     if isinstance(file, (str, os.PathLike)):
@@ -210,6 +271,9 @@ class FileStore(ImageStore):
 
     def open(self, index: int) -> Image.Image:
         return read_image(os.path.join(self._root, self._paths[index]))
+
+    def open_lazily(self, index: int) -> Image.Image:
+        return open_image(os.path.join(self._root, self._paths[index]))
 
     def name(self, index: int) -> str:
         return self._paths[index]

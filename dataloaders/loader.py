@@ -7,6 +7,7 @@ augmentation of an image therefore depends only on (seed, task, phase, epoch, sa
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -59,7 +60,7 @@ class StreamImages(Dataset):
         try:
             if request.seeds is None:
                 for row, index in enumerate(request.indices):
-                    to_planes(self._test_transform(images.store.open(index)), rows[row])
+                    to_planes(self._test_transform(images.store.open_lazily(index)), rows[row])
             else:
                 self._augment(images.store, request, rows)
         except BadImageError as error:
@@ -71,15 +72,17 @@ class StreamImages(Dataset):
         try:
             for row, (index, seed) in enumerate(zip(request.indices, request.seeds, strict=True)):
                 torch.default_generator.manual_seed(seed)
-                to_planes(self._train_transform(store.open(index)), rows[row])
+                to_planes(self._train_transform(store.open_lazily(index)), rows[row])
         finally:
             torch.set_rng_state(state)
 
 
 def _new_uint8(shape: tuple[int, ...]) -> torch.Tensor:
     """An empty tensor; in a worker in shared memory, which spares a copy on the way to the main process."""
-    pixels = torch.empty(shape, dtype=torch.uint8)
-    return pixels.share_memory_() if get_worker_info() is not None else pixels
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
 
 
 class _Plan:

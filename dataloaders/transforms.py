@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataloaders.base import TestCrop
+from dataloaders.base import TestCrop, load_rows
 
 _BILINEAR = Image.Resampling.BILINEAR
 _RATIO = (3 / 4, 4 / 3)  # of a random crop's sides
@@ -37,7 +37,8 @@ class TrainTransform:
         """RGB image of any size -> RGB image [size, size]."""
         box = random_crop(*image.size, self.crop_scale)
         # Resizing with ``box=`` instead would also look at the pixels around the crop.
-        image = image.crop(box).resize((self.size, self.size), _BILINEAR)
+        image = load_rows(image, box[3]).crop(box)
+        image = image.resize((self.size, self.size), _BILINEAR)
         if torch.rand(1).item() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
@@ -82,7 +83,7 @@ class EvalTransform:
     def __call__(self, image: Image.Image) -> Image.Image:
         """RGB image of any size -> RGB image [size, size]."""
         if self.crop == "stretch":
-            return image.resize((self.size, self.size), _BILINEAR)
+            return load_rows(image, image.height).resize((self.size, self.size), _BILINEAR)
         return _resize_and_cut(image, self.size * 256 // 224, self.size)
 
 
@@ -100,7 +101,7 @@ def _resize_and_cut(image: Image.Image, shorter: int, size: int) -> Image.Image:
         new_width, new_height = int(shorter * width / height), shorter
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
     if height > 1.5 * width:
-        image = image.resize((new_width, new_height), _BILINEAR)
+        image = load_rows(image, height).resize((new_width, new_height), _BILINEAR)
         return image.crop((left, top, left + size, top + size))
 
     # Where the scale is a dyadic fraction, a part can be resized by itself to the same pixels: the positions at
@@ -111,9 +112,10 @@ def _resize_and_cut(image: Image.Image, shorter: int, size: int) -> Image.Image:
         first, last = top * scale, (top + size) * scale
         start = max(0, math.floor(first - scale) - 2)
         stop = min(height, math.ceil(last + scale) + 2)
-        rows = image.crop((0, start, width, stop))
+        rows = load_rows(image, stop).crop((0, start, width, stop))
         columns = _columns(rows, new_width, left, size)
         return columns.resize((size, size), _BILINEAR, box=(0, first - start, size, last - start))
+    image = load_rows(image, height)
     if exact:
         scale = width / shorter
         box = (left * scale, 0, (left + size) * scale, height)

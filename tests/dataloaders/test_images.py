@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataloaders.base import ArrayStore, BadImageError, FileStore, PathArray, as_rgb, read_image
+from dataloaders.base import (
+    ArrayStore,
+    BadImageError,
+    FileStore,
+    PathArray,
+    as_rgb,
+    load_rows,
+    open_image,
+    read_image,
+)
 from tests.dataloaders.conftest import picture
 
 
@@ -159,6 +168,59 @@ def test_what_is_not_there_is_said_so(tmp_path, make, reason):
 def test_the_error_pickles():
     error = pickle.loads(pickle.dumps(BadImageError("a b.jpg", "the file is empty")))
     assert str(error) == "cannot read the image a b.jpg: the file is empty"
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+@pytest.mark.parametrize("rows", [1, 7, 60, 61])
+def test_upper_rows_of_a_jpeg_file_are_as_in_the_whole(tmp_path, options, rows):
+    path = str(tmp_path / "x.jpg")
+    picture(0, (83, 61)).save(path, **options)
+    image = open_image(path)
+    assert image.tile  # not decoded yet
+    upper = np.asarray(load_rows(image, rows).crop((0, 0, 83, rows)))
+    assert np.array_equal(upper, np.asarray(read_image(path))[:rows])
+    assert load_rows(image, 61) is image  # once is enough
+
+
+def test_black_rows_are_not_taken_for_damage(tmp_path):
+    image = picture(0, (64, 48))
+    image.paste((0, 0, 0), (0, 16, 64, 32))
+    image.save(tmp_path / "x.jpg", quality=95)
+    whole = read_image(tmp_path / "x.jpg")
+    for rows in (20, 30, 40):
+        upper = load_rows(open_image(str(tmp_path / "x.jpg")), rows)
+        assert np.array_equal(np.asarray(upper)[:rows], np.asarray(whole)[:rows])
+
+
+def test_other_files_are_decoded_at_once(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0).convert("L").save(tmp_path / "grey.jpg")
+    picture(0).save(tmp_path / "turned.jpg", exif=exif)
+    picture(0).save(tmp_path / "x.png")
+    for name in ("grey.jpg", "turned.jpg", "x.png"):
+        image = open_image(str(tmp_path / name))
+        assert not getattr(image, "tile", None)
+        assert np.array_equal(image, read_image(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", damaged_files())
+def test_damage_is_found_whatever_part_is_asked_for(tmp_path, name):
+    (tmp_path / name).write_bytes(damaged_files()[name])
+    for rows in (1, 20, 48):
+        with pytest.raises(BadImageError, match=name):
+            load_rows(open_image(str(tmp_path / name)), rows)
+
+
+def test_an_error_of_the_decoder_is_not_taken_for_the_early_end(tmp_path):
+    content = bytearray(saved(picture(0, (64, 48)), "jpeg").getvalue())
+    table = content.index(b"\xff\xc4")
+    content[table + 5 : table + 21] = bytes([255] * 16)  # a Huffman table with more codes than there can be
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(BadImageError):
+        read_image(tmp_path / "x.jpg")
+    with pytest.raises(BadImageError):
+        load_rows(open_image(str(tmp_path / "x.jpg")), 20)
 
 
 def test_path_array_holds_any_name_in_little_memory():

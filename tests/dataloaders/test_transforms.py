@@ -6,6 +6,7 @@ import torch
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
+from dataloaders.base import open_image, read_image
 from dataloaders.transforms import EvalTransform, TrainTransform, to_planes, to_unit
 from tests.dataloaders.conftest import picture
 
@@ -57,6 +58,18 @@ def test_test_pixels_equal_v1_at_any_size():
     for trial, shape in enumerate(shapes):
         image = picture(trial, tuple(shape))
         assert np.array_equal(theirs(image), ours(image)), image.size
+
+
+@pytest.mark.parametrize("shape", [(500, 400), (400, 500), (300, 700), (224, 224)])
+def test_files_that_are_decoded_in_part_give_the_same_pixels(tmp_path, shape):
+    path = str(tmp_path / "x.jpg")
+    picture(0, shape).save(path)
+    for transform in (EvalTransform(224), EvalTransform(224, "stretch"), EvalTransform(64), TrainTransform(224)):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            expected = transform(read_image(path))
+            torch.manual_seed(seed)
+            assert np.array_equal(transform(open_image(path)), expected)
 
 
 def test_an_image_of_the_input_size_passes_stretch_unchanged():
