@@ -10,7 +10,11 @@ from utils.config import ConfigError, wants_help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code: 0, or 2 for a configuration that cannot run."""
+    """Run one command line.
+
+    Returns:
+        Exit code: 0; 1 for a run that could not go on; 2 for one that cannot start; 128 + n after signal n.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if wants_help(argv):
         print(help_page(), end="")
@@ -24,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"run.py: error: {problem}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

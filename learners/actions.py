@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from models.backbones import BackboneError, load_backbone
 from torch import Tensor
 
 from learners.assemble import assemble, build_data
 from learners.export import StudentClassifier, build_student, describe, export, load_trained_parts
 from learners.prompt import PromptLearner
-from learners.record import CLASSES, METRICS
+from learners.record import CLASSES, METRICS, require_same, stream_facts
 from learners.trainer import evaluate, model_file
+from models.backbones import BackboneError, load_backbone
 from utils.checkpoint import RunFolder, RunFolderError, from_bytes
 from utils.config import Config, ConfigError
 from utils.logging import setup_logging
@@ -56,7 +57,7 @@ def on_finished_run(config: Config) -> int:
     setup_logging(None)
     folder = RunFolder(config.log_dir)
     try:
-        folder.open()
+        folder.open(read_only=True)
         facts = json.loads(folder.read(CLASSES))
         if config.action == "eval_only":
             return _evaluate_again(config, folder)
@@ -65,7 +66,7 @@ def on_finished_run(config: Config) -> int:
         classifier = _student(config, folder, description).to(device)
         if config.action == "export":
             export(classifier, description, config.export_path)
-            print(f"wrote {config.export_path}")
+            _log.info("Wrote %s", config.export_path)
             return 0
         return _predict(classifier, config.predict_images, facts, config.top, device)
     except (RunFolderError, BackboneError) as error:
@@ -92,21 +93,23 @@ def load_task(learner: PromptLearner, folder: RunFolder, task: int, roles: Seque
     """
     learner.resume_task(task)
     for role in roles:
-        name = model_file(role, task)
-        try:
-            learner.load_state(role, from_bytes(folder.read(name)))
-        except RunFolderError:
-            raise
-        except RuntimeError as error:
-            raise RunFolderError(f"{folder.root / name} does not fit the settings in args.yaml: {error}") from error
+        _load(folder, model_file(role, task), partial(learner.load_state, role))
+
+
+def _load(folder: RunFolder, name: str, load: Callable[[dict[str, Tensor]], None]) -> None:
+    data = folder.read(name)
+    try:
+        load(from_bytes(data))
+    except RuntimeError as error:
+        raise RunFolderError(f"{folder.root / name} does not fit the settings in args.yaml: {error}") from error
 
 
 def _evaluate_again(config: Config, folder: RunFolder) -> int:
     """Reproduce the accuracy matrices; exit code 1 when they differ from the recorded ones."""
     from utils.metrics import AccuracyMatrix, summary_table
 
-    with assemble(config) as parts:
-        _require_same_backbones(parts.identity, folder)
+    with assemble(config, alone=True) as parts:
+        require_same(stream_facts(parts.stream, parts.identity), folder)
         matrices: dict[str, AccuracyMatrix] = {role: AccuracyMatrix() for role in parts.learner.phases}
         for task in range(tasks_done(folder)):
             load_task(parts.learner, folder, task, parts.learner.phases)
@@ -114,44 +117,32 @@ def _evaluate_again(config: Config, folder: RunFolder) -> int:
             for role, row in rows.items():
                 matrices[role].set_row(task, row)
     measured = {role: matrix.to_dict() for role, matrix in matrices.items()}
-    recorded = json.loads(folder.read(METRICS))
-    print(summary_table(measured.get("teacher"), measured["student"]))
-    worst = max(
+    _log.info("%s", summary_table(measured.get("teacher"), measured["student"]))
+    worst = _largest_difference(measured, json.loads(folder.read(METRICS)))
+    if worst < 1e-6:  # metrics.json keeps ten digits
+        _log.info("The accuracy matrices equal the recorded ones.")
+        return 0
+    _log.warning("The accuracy matrices differ from the recorded ones by up to %.2f points.", worst)
+    return 1
+
+
+def _largest_difference(measured: Mapping[str, Any], recorded: Mapping[str, Any]) -> float:
+    """Between the accuracy matrices of two ``metrics.json``."""
+    pairs = [(measured[role]["accuracy_matrix"], recorded[role]["accuracy_matrix"]) for role in measured]
+    return max(
         abs(new - old)
-        for role, values in measured.items()
-        for new_row, old_row in zip(
-            values["accuracy_matrix"], recorded[role]["accuracy_matrix"], strict=True
-        )
+        for new_matrix, old_matrix in pairs
+        for new_row, old_row in zip(new_matrix, old_matrix, strict=True)
         for new, old in zip(new_row, old_row, strict=True)
     )
-    same = worst < 1e-6  # metrics.json keeps ten digits
-    print("The accuracy matrices equal the recorded ones." if same else
-          f"The accuracy matrices differ from the recorded ones by up to {worst:.2f} points.")  # fmt: skip
-    return 0 if same else 1
-
-
-def _require_same_backbones(identity: dict[str, str], folder: RunFolder) -> None:
-    before = json.loads(folder.read(CLASSES))["backbone_sha256"]
-    for role, digest in identity.items():
-        if before.get(role) != digest:
-            raise ConfigError([
-                f"the {role}'s backbone weights are not those of the run in {folder.root} (SHA-256 {digest}, then "
-                f"{before.get(role)}): give the same file with --{role[0]}_weights"
-            ])  # fmt: skip
 
 
 def _student(config: Config, folder: RunFolder, description: dict[str, Any]) -> StudentClassifier:
     """The student after the last learned task."""
     backbone = load_backbone(config.student_model, weights=config.student_weights)
-    _require_same_backbones({"student": backbone.sha256}, folder)
+    require_same({"backbone_sha256": {"student": backbone.sha256}}, folder)
     classifier = build_student(description, backbone.vit)
-    name = model_file("student", description["task"])
-    try:
-        load_trained_parts(classifier, from_bytes(folder.read(name)))
-    except RunFolderError:
-        raise
-    except RuntimeError as error:
-        raise RunFolderError(f"{folder.root / name} does not fit the settings in args.yaml: {error}") from error
+    _load(folder, model_file("student", description["task"]), lambda state: load_trained_parts(classifier, state))
     return classifier
 
 
@@ -164,9 +155,9 @@ def _predict(
     for path in images:
         logits = classifier(_load_image(path, facts).to(device))
         best = logits.softmax(1)[0].topk(min(top, logits.shape[1]))
-        print(path)
+        _log.info("%s", path)
         for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            print(f"  {100 * probability:6.2f} %  {names[label]}")
+            _log.info("  %6.2f %%  %s", 100 * probability, names[label])
     return 0
 
 

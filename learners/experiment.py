@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from utils.checkpoint import LOCK, RunFolder, RunFolderBusyError, move_aside, run_lock
+from learners.opening import ARGS, LOG, differing_settings, is_finished, own_folder
+from learners.signals import Signals, StoppedError
+from utils.checkpoint import RunFolder, RunFolderError
 from utils.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from learners.assemble import Parts
-
-ARGS = "args.yaml"
-LOG = "output.log"
 
 _log = logging.getLogger(__name__)
 
@@ -30,172 +28,194 @@ def run(config: Config) -> int:
     Raises:
         ConfigError: the run cannot start.
     """
-    if config.action == "check_data":
-        from learners.actions import check_data
-
-        return check_data(config)
     if config.action == "train":
-        if config.repeat > 1:
-            from learners.repeat import run_repeats
-
-            return run_repeats(config, train)
-        return train(config)
+        return _train_in_group(config) if "RANK" in os.environ else _train(config)
+    if not is_main_process():
+        return 0  # only training is shared out among processes
     from learners import actions
 
-    return actions.on_finished_run(config)
-
-
-def train(config: Config) -> int:
-    """Train (or go on training, or say that nothing is left to do) in ``config.log_dir``."""
-    if not is_main_process():
-        return _train_here(config, None)
-    with _own_folder(config) as folder:
-        if folder.complete:
-            print(f"{config.log_dir} holds a finished run of this command; --overwrite 1 starts anew")
-            return 0
-        return _train_here(config, folder)
+    return actions.check_data(config) if config.action == "check_data" else actions.on_finished_run(config)
 
 
 def is_main_process() -> bool:
     """Whether this process writes: the only one, or the first under torchrun."""
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 
-@contextmanager
-def _own_folder(config: Config) -> Iterator[RunFolder]:
-    """The locked run folder, moved aside before if ``--overwrite 1`` says so; gone again if the run cannot start.
+def _train_in_group(config: Config) -> int:
+    """The same for a process of a torchrun group, which ends when another one is lost."""
+    from utils.parallel import leave_group, lost_process
 
-    Raises:
-        ConfigError: it is in use, or holds a run with other settings.
-    """
-    root = config.log_dir
-    existed = root.exists()
-    root.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(run_lock(root))
-            if config.overwrite and any(path.name != LOCK for path in root.iterdir()):
-                stack.close()
-                print(f"{root} moved aside to {move_aside(root)}")
-                root.mkdir(parents=True)
-                stack.enter_context(run_lock(root))
-            folder = RunFolder(root)
-            folder.open()
-            _refuse_other_settings(config, folder)
-            yield folder
-        except RunFolderBusyError as error:
-            raise ConfigError([str(error)]) from error
-        except ConfigError:
-            if not existed:
-                _remove_if_unused(root)
+    try:
+        code = _train(config)
+    except RuntimeError as error:
+        if not lost_process(error):
             raise
+        _log.error(
+            "Process %s: another process of this run is gone or does not answer (%s). The last good state is kept; "
+            "the same command goes on from it, with any number of processes.",
+            os.environ["RANK"], str(error).split("\n")[0],
+        )  # fmt: skip
+        return 1
+    if code != 1:  # else the others may not come along
+        leave_group()
+    return code
 
 
-def _remove_if_unused(root: Path) -> None:
-    if not any(path.name not in (LOCK, LOG) for path in root.iterdir()):
-        shutil.rmtree(root, ignore_errors=True)
+def _train(config: Config) -> int:
+    if config.repeat > 1:
+        from learners.repeat import run_repeats
+
+        return run_repeats(config, train)
+    return train(config)
 
 
-def _refuse_other_settings(config: Config, folder: RunFolder) -> None:
-    """A run is only resumed with the settings that it started with."""
-    import yaml
-
-    if ARGS not in folder.files:
-        return
-    before = yaml.safe_load(folder.read(ARGS))
-    now = config.result_settings()
-    differing = [key for key in now if before.get(key) != now[key]]
-    if differing:
-        changes = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in differing)
-        raise ConfigError([
-            f"--log_dir {folder.root} holds a run with other settings ({changes}): choose another log_dir, give "
-            "the old settings, or start anew with --overwrite 1, which moves the old folder aside"
-        ])  # fmt: skip
-
-
-def _train_here(config: Config, folder: RunFolder | None) -> int:
-    """Assemble the run and train; ``folder`` is None on processes that do not write."""
-    from learners.assemble import assemble
-    from learners.meter import NonFiniteError
-    from learners.signals import Signals, StoppedError
-    from utils.checkpoint import RunFolderError
+def train(config: Config) -> int:
+    """Train (or go on training, or say that nothing is left to do) in ``config.log_dir``."""
     from utils.logging import setup_logging
 
-    setup_logging(config.log_dir / LOG if folder is not None else None, main=folder is not None)
-    with Signals() as signals, assemble(config) as parts:
+    setup_logging(None, main=is_main_process())
+    with Signals() as signals, ExitStack() as stack:
         try:
-            _train_parts(config, folder, parts, signals)
+            folder, refusal, code = None, None, None
+            if is_main_process():
+                try:
+                    folder = stack.enter_context(own_folder(config))
+                except ConfigError as error:
+                    refusal, code = error, 2
+                if folder is not None and is_finished(config, folder):
+                    _say_finished(folder)
+                    code = 0
+            code = _decision_of_main_process(config, code)
+            if refusal is not None:
+                raise refusal
+            if code is not None:
+                return code
+            if folder is not None:
+                _log_to_file(config)
+            return _train_here(config, folder, signals)
         except StoppedError as stopped:
             _log.warning("%s", stopped)
             return stopped.exit_code
-        except (NonFiniteError, RunFolderError) as error:
-            _log.error("%s", error)
-            return 1
-        except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-            _log.error(
-                "Out of memory (%s). The last good state is kept; the same command goes on from it. Try "
-                "--accumulate %d (the same batch in smaller parts), a smaller --batch_size, or --precision bf16.",
-                str(error).split("\n")[0],
-                2 * config.accumulate,
-            )
-            return 1
+
+
+def _say_finished(folder: RunFolder) -> None:
+    _log.info("%s holds a finished run of this command; --overwrite 1 starts anew", folder.root)
+    for problem in folder.damaged():
+        _log.warning("%s", problem)
+
+
+def _log_to_file(config: Config) -> None:
+    from utils.logging import setup_logging
+
+    try:
+        setup_logging(config.log_dir / LOG)
+    except OSError as error:
+        raise ConfigError([f"cannot write {config.log_dir / LOG}: {error.strerror}"]) from error
+
+
+def _decision_of_main_process(config: Config, code: int | None) -> int | None:
+    """The exit code that the process that owns the folder decided on, or None to train; on all processes."""
+    if "RANK" not in os.environ:
+        return code  # without loading torch
+    from utils.parallel import build_parallel
+
+    return build_parallel(config.device, config.gpuid).broadcast(code)
+
+
+def _train_here(config: Config, folder: RunFolder | None, signals: Signals) -> int:
+    """Assemble the run and train; ``folder`` is None on processes that do not write."""
+    from learners.assemble import assemble
+    from learners.meter import TrainingError
+
+    try:
+        with assemble(config) as parts:
+            _train_parts(config, folder, parts, signals)
+    except (TrainingError, RunFolderError) as error:
+        _log.error("%s", error)
+        return 1
+    except (MemoryError, RuntimeError, OSError) as error:
+        advice = _advice(error, config)
+        if advice is None:
+            raise
+        _log.error("%s. The last good state is kept; the same command goes on from it. %s",
+                   str(error).strip().split("\n")[0].rstrip("."), advice)  # fmt: skip
+        return 1
     return 0
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def _advice(error: BaseException, config: Config) -> str | None:
+    """What helps against an error that the machine's limits caused; None for any other error."""
     text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    if isinstance(error, MemoryError) or "out of memory" in text or "t allocate memory" in text:
+        parts = next((n for n in range(config.accumulate + 1, config.batch_size + 1) if config.batch_size % n == 0), 0)
+        ways = [f"--accumulate {parts} (the same batch in smaller parts)"] if parts else []
+        ways += ["a smaller --batch_size (other results)"] if config.batch_size > 1 else []
+        ways += ["--precision bf16 (nearly the same results)"] if config.precision in ("fp32", "tf32") else []
+        return f"Out of memory: try {', '.join(ways)}" + (", or fewer --workers" if config.workers else "")
+    if "DataLoader worker" in text or "shared memory" in text or "shm" in text:
+        return "A process that loads data was ended from outside or had too little memory: try fewer --workers"
+    return None
 
 
-def _train_parts(config: Config, folder: RunFolder | None, parts: Parts, signals: Any) -> None:
-    from learners.record import CLASSES, stream_facts
+def _train_parts(config: Config, folder: RunFolder | None, parts: Parts, signals: Signals) -> None:
+    from learners.record import ResultFiles
     from learners.trainer import Trainer
     from utils.logging import Progress
 
-    log_start(config, parts)
-    if folder is not None and ARGS not in folder.files:
-        facts = stream_facts(parts.stream, parts.identity)
-        folder.commit({ARGS: args_yaml(config, parts).encode(), CLASSES: facts})
+    if folder is not None:
+        log_start(config, parts)
+        _begin_or_go_on(config, folder, parts)
     results = ResultFiles(config, parts)
     progress = Progress(False if config.no_progress or folder is None else None, parts.num_tasks,
                         phases=len(parts.learner.phases))  # fmt: skip
-    on_epoch, close_board = _tensorboard(config) if folder is not None else (lambda *_: None, lambda: None)
-    trainer = Trainer(
-        parts.learner,
-        parts.stream,
-        parts.data,
-        folder,
-        parts.parallel,
-        epochs=config.epochs,
-        num_tasks=parts.num_tasks,
-        result_files=results.files,
-        progress=progress,
-        signals=signals,
-        log_interval=config.log_interval,
-        class_weighting=config.class_weighting,
-        replay=config.memory > 0,
-        identity=parts.identity,
-        on_epoch=on_epoch,
-    )
-    try:
-        record = trainer.run()
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-    finally:
-        progress.close()
-        close_board()
+    with _tensorboard(config if folder is not None else None) as on_epoch:
+        trainer = Trainer(
+            parts.learner,
+            parts.stream,
+            parts.data,
+            folder,
+            parts.parallel,
+            epochs=config.epochs,
+            num_tasks=parts.num_tasks,
+            result_files=results.files,
+            progress=progress,
+            signals=signals,
+            log_interval=config.log_interval,
+            class_weighting=config.class_weighting,
+            replay=config.memory > 0,
+            on_epoch=on_epoch,
+        )
+        signals.finish_steps()
+        try:
+            record = trainer.run()
+        finally:
+            progress.close()
     if folder is not None:
         results.finish(folder, record)
 
 
-def _tensorboard(config: Config) -> tuple[Callable[..., None], Callable[[], None]]:
-    """What to call after each epoch and at the end."""
-    if not config.tensorboard:
-        return (lambda *_: None), (lambda: None)
+def _begin_or_go_on(config: Config, folder: RunFolder, parts: Parts) -> None:
+    """Write down what is trained on what, or compare it with what was written.
+
+    Raises:
+        ConfigError: the data or the backbones are not those that the run began with.
+    """
+    from learners.record import CLASSES, require_same, stream_facts, write_facts
+
+    facts = stream_facts(parts.stream, parts.identity)
+    if CLASSES in folder.files:
+        require_same(facts, folder)
+    if ARGS not in folder.files or differing_settings(config, folder):
+        folder.commit({ARGS: args_yaml(config, parts).encode(), CLASSES: write_facts(facts)})
+
+
+@contextmanager
+def _tensorboard(config: Config | None) -> Iterator[Callable[..., None]]:
+    """What to call after each epoch."""
+    if config is None or not config.tensorboard:
+        yield lambda *_: None
+        return
     from utils.logging import open_tensorboard
 
     writer = open_tensorboard(config.log_dir / "tensorboard")
@@ -204,7 +224,10 @@ def _tensorboard(config: Config) -> tuple[Callable[..., None], Callable[[], None
         for name, value in means.items():
             writer.add_scalar(f"{role}/{name}", value, task * config.epochs + epoch)
 
-    return on_epoch, writer.close
+    try:
+        yield on_epoch
+    finally:
+        writer.close()
 
 
 def args_yaml(config: Config, parts: Parts) -> str:
@@ -233,42 +256,3 @@ def log_start(config: Config, parts: Parts) -> None:
         config.dataset, parts.num_tasks, parts.stream.num_classes, config.learner_name, config.kd_method,
         parts.parallel.device, config.log_dir,
     )  # fmt: skip
-
-
-class ResultFiles:
-    """Makes the files of ``Results/`` from a record."""
-
-    def __init__(self, config: Config, parts: Parts) -> None:
-        self.config = config
-        self.parts = parts
-
-    def files(self, record: Any) -> dict[str, bytes]:
-        return self._files(record)[0]
-
-    def finish(self, folder: RunFolder, record: Any) -> None:
-        """Pictures, the last commit, and the summary that ends the log."""
-        from utils.metrics import summary_lines, summary_table
-        from utils.plots import save_plots
-
-        files, metrics = self._files(record)
-        save_plots(folder.root / "Results", metrics)
-        for path in sorted((folder.root / "Results").glob("*.png")):
-            files[f"Results/{path.name}"] = path.read_bytes()
-        folder.commit(files, complete=True)
-        _log.info("\n%s\n", summary_table(metrics["teacher"], metrics["student"]))
-        for line in summary_lines(metrics["student"]):
-            _log.info("%s", line)
-
-    def _files(self, record: Any) -> tuple[dict[str, bytes], dict[str, Any]]:
-        from utils.logging import environment, peak_memory_mb
-
-        parts = self.parts
-        return record.files(
-            settings=self.config.result_settings(),
-            settings_hash=self.config.settings_hash(),
-            num_tasks=parts.num_tasks,
-            classes=[parts.stream.classes(task) for task in range(parts.num_tasks)],
-            parameters=parts.parameter_counts(),
-            environment=environment(),
-            peak_memory_mb=peak_memory_mb(),
-        )

@@ -13,8 +13,12 @@ from learners.prompt import GRADIENT, is_count
 from utils.parallel import Parallel
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or the gradient became infinite or not a number."""
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last good state is kept."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss, the gradient or a parameter became infinite or not a number."""
 
 
 class LossMeter:
@@ -57,8 +61,10 @@ class LossMeter:
         values = (self.parallel.sum(local) if world > 1 else local).cpu().double()  # [steps, terms]
         values = torch.where(counts, values, values / world)
         self._check(values)
-        for name, total in zip(self.names, values.sum(0).tolist(), strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + total
+        # Step by step, so that the sums do not depend on when they are read.
+        for row in values.tolist():
+            for name, value in zip(self.names, row, strict=True):
+                self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps += len(values)
         self.images += self._pending_images
         self._pending, self._pending_images = [], 0

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dataloaders.tasks import TaskStream
-from utils.metrics import AccuracyMatrix, acc_csv, build_metrics, metrics_json
+from utils.checkpoint import RunFolder
+from utils.config import Config, ConfigError
+from utils.logging import environment, peak_memory_mb
+from utils.metrics import AccuracyMatrix, acc_csv, build_metrics, metrics_json, summary_lines, summary_table
+
+if TYPE_CHECKING:
+    from learners.assemble import Parts
 
 TEACHER_ACCURACY, STUDENT_ACCURACY = "Results/acc.csv", "Results/acc_s.csv"
 METRICS, TIMING = "Results/metrics.json", "Results/timing.json"
 CLASSES = "classes.json"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -51,12 +62,13 @@ class RunRecord:
         entry["seconds"] += seconds
         entry["images"] += images
 
-    def state(self) -> dict[str, Any]:
-        return dict(vars(self))
+    def state(self) -> str:
+        """All of it, for a resume: as text, since a run's states hold it as one piece."""
+        return json.dumps(vars(self))
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> RunRecord:
-        return cls(**state)
+    def from_state(cls, state: str) -> RunRecord:
+        return cls(**json.loads(state))
 
     def matrix(self, role: str) -> AccuracyMatrix | None:
         """The role's accuracies, or None where the run has no such model."""
@@ -106,15 +118,78 @@ class RunRecord:
         return {"phases": phases, "evaluation": self.evaluation, "total_seconds": total}
 
 
-def stream_facts(stream: TaskStream, identity: Mapping[str, str]) -> bytes:
-    """What a trained student needs to be used without its data set: ``classes.json``."""
-    facts = {
+class ResultFiles:
+    """Makes the files of ``Results/`` from a record."""
+
+    def __init__(self, config: Config, parts: Parts) -> None:
+        self.config = config
+        self.parts = parts
+        self.environment = environment()
+
+    def files(self, record: RunRecord) -> dict[str, bytes]:
+        """Content of each file."""
+        return self._files(record)[0]
+
+    def finish(self, folder: RunFolder, record: RunRecord) -> None:
+        """Pictures, the last commit, and the summary that ends the log."""
+        from utils.plots import save_plots
+
+        files, metrics = self._files(record)
+        with tempfile.TemporaryDirectory() as drawn:
+            save_plots(Path(drawn), metrics)
+            files |= {f"Results/{path.name}": path.read_bytes() for path in sorted(Path(drawn).glob("*.png"))}
+        folder.commit(files, complete=True)
+        _log.info("\n%s\n", summary_table(metrics["teacher"], metrics["student"]))
+        for line in summary_lines(metrics["student"]):
+            _log.info("%s", line)
+
+    def _files(self, record: RunRecord) -> tuple[dict[str, bytes], dict[str, Any]]:
+        parts = self.parts
+        return record.files(
+            settings=self.config.result_settings(),
+            settings_hash=self.config.settings_hash(),
+            num_tasks=parts.num_tasks,
+            classes=[parts.stream.classes(task) for task in range(parts.num_tasks)],
+            parameters=parts.parameter_counts(),
+            environment=self.environment,
+            peak_memory_mb=peak_memory_mb(),
+        )
+
+
+def stream_facts(stream: TaskStream, identity: Mapping[str, str]) -> dict[str, Any]:
+    """What a trained student needs to be used without its data set, and what tells two data sets apart."""
+    return {
         "num_classes": stream.num_classes,
         "num_tasks": len(stream),
         "ranges": [list(stream.classes(task)) for task in range(len(stream))],
         "class_names": list(stream.class_names),
         "image_size": stream.image_size,
         "test_crop": stream.test_transform.crop,
+        "train_images": [stream.train_size(task) for task in range(len(stream))],
+        "test_images": [stream.test_size(task) for task in range(len(stream))],
         "backbone_sha256": dict(identity),
     }
+
+
+def write_facts(facts: Mapping[str, Any]) -> bytes:
+    """The content of ``classes.json``."""
     return (json.dumps(facts, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def require_same(facts: Mapping[str, Any], folder: RunFolder) -> None:
+    """Compare facts (some or all of :func:`stream_facts`) with those that a run wrote down.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    before = json.loads(folder.read(CLASSES))
+    problems = [f"{key} differ" for key in facts if key != "backbone_sha256" and before.get(key) != facts[key]]
+    for role, digest in facts["backbone_sha256"].items():
+        was = before["backbone_sha256"].get(role)
+        if was != digest:
+            problems.append(f"the SHA-256 of the {role}'s backbone was {was} and is {digest}, see --{role[0]}_weights")
+    if problems:
+        raise ConfigError([
+            f"--log_dir {folder.root} holds a run on other data or backbones ({'; '.join(problems)}): use the same "
+            "files, or another log_dir"
+        ])  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 
 from learners.record import METRICS
@@ -11,6 +12,8 @@ from utils.config import Config
 from utils.metrics import MEASURES, aggregate
 
 SUMMARY = "repeat.json"
+
+_log = logging.getLogger(__name__)
 
 
 def run_repeats(config: Config, train: Callable[[Config], int]) -> int:
@@ -37,9 +40,9 @@ def _summarise(config: Config, seeds: range) -> None:
     }
     text = json.dumps({"seeds": list(seeds), **summary}, indent=1, sort_keys=True) + "\n"
     write_atomic(config.log_dir / SUMMARY, text.encode())
-    print(f"\n{len(runs)} seeds ({seeds[0]} to {seeds[-1]}), mean ± standard deviation:")
+    _log.info("\n%d seeds (%d to %d), mean ± standard deviation:", len(runs), seeds[0], seeds[-1])
     for role, measures in summary.items():
         for name, words in MEASURES.items():
             value = measures[name]
             spread = "" if value["std"] is None else f" ± {value['std']:.2f}"
-            print(f"{role:8} {words:32} {value['mean']:7.2f}{spread}")
+            _log.info("%-8s %-32s %7.2f%s", role, words, value["mean"], spread)

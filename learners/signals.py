@@ -11,8 +11,10 @@ from types import FrameType, TracebackType
 _log = logging.getLogger(__name__)
 
 
-class StoppedError(Exception):
-    """The run was asked to stop and has saved its state.
+class StoppedError(BaseException):
+    """The run was asked to stop, and nothing of it is lost.
+
+    Like KeyboardInterrupt it is no Exception, so that what handles errors of its own lets it pass.
 
     Attributes:
         exit_code: 128 + number of the signal.
@@ -27,7 +29,8 @@ class Signals:
     """Remember what was asked for while the block runs.
 
     SIGINT or SIGTERM once asks to stop after the current step, twice ends the process at once (every file is
-    consistent at any moment); SIGUSR1 asks to save and go on.
+    consistent at any moment); SIGUSR1 asks to save and go on. Before :meth:`finish_steps` there is nothing to
+    finish: :class:`StoppedError` is raised at once, wherever the process is.
 
     Attributes:
         stop: number of the signal that asked to stop, or 0.
@@ -37,6 +40,7 @@ class Signals:
     def __init__(self) -> None:
         self.stop = 0
         self.save = False
+        self._at_once = True
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
@@ -56,10 +60,16 @@ class Signals:
             signal.signal(signum, handler)
         self._previous.clear()
 
+    def finish_steps(self) -> None:
+        """From now on a signal only leaves its number in ``stop``."""
+        self._at_once = False
+
     def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
         if self.stop:
             os._exit(128 + signum)
         self.stop = signum
+        if self._at_once:
+            raise StoppedError(signum)
         name = signal.Signals(signum).name
         # Through the file descriptor: a handler must not wait for a lock that the interrupted code holds.
         os.write(2, f"\n{name}: finishing this step and saving; once more ends at once\n".encode())

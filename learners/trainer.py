@@ -13,20 +13,16 @@ from torch import Tensor
 
 from dataloaders.loader import DataPipeline
 from dataloaders.tasks import ClassRange, TaskStream
-from learners.meter import LossMeter, NonFiniteError
+from learners.meter import LossMeter, NonFiniteError, TrainingError
 from learners.prompt import Phase, PromptLearner
 from learners.record import RunRecord
 from learners.signals import Signals, StoppedError
+from learners.state import copy_to_cpu, pack, unpack, unpack_plain
 from utils.checkpoint import RunFolder, from_bytes, to_bytes
 from utils.logging import Progress
 from utils.parallel import Parallel
 
 _log = logging.getLogger(__name__)
-
-# Epochs of a small data set may take less time than saving: a state is saved after an epoch unless that would
-# raise the share of time spent on saving above this. What is not saved is computed again, bit for bit.
-SAVING_SHARE = 0.02
-
 
 @dataclass(frozen=True)
 class Position:
@@ -53,6 +49,9 @@ class Position:
 class Trainer:
     """Teach a learner all tasks of a stream.
 
+    A state is saved after every epoch. It holds what changed since the task began (see ``learners.state``), so a
+    resume begins the task again, from the models saved after the task before it, and then takes the state over.
+
     Args:
         learner: teacher, student and their phases.
         stream: tasks.
@@ -67,7 +66,6 @@ class Trainer:
         log_interval: steps between two readings of the losses.
         class_weighting: weigh classes in the cross entropy by their frequency.
         replay: past classes are in the batches, so all classes seen compete.
-        identity: what must be equal for a state to be resumed (checksums of the backbones).
         on_epoch: called with phase name, task, epoch and means after each epoch (TensorBoard).
     """
 
@@ -87,7 +85,6 @@ class Trainer:
         log_interval: int = 10,
         class_weighting: bool = False,
         replay: bool = False,
-        identity: Mapping[str, str] | None = None,
         on_epoch: Callable[[str, int, int, Mapping[str, float]], None] = lambda *_: None,
     ) -> None:
         self.learner = learner
@@ -103,48 +100,75 @@ class Trainer:
         self.log_interval = log_interval
         self.class_weighting = class_weighting
         self.replay = replay
-        self.identity = dict(identity or {})
         self.on_epoch = on_epoch
         self.record = RunRecord()
-        self._saved_at = time.monotonic()
-        self._save_seconds = 0.0
+        self._task_start: dict[str, Any] = {}
 
     def run(self) -> RunRecord:
         """Learn what is left of the run.
 
         Raises:
             StoppedError: a signal asked to stop; the state is saved.
-            NonFiniteError: a loss or gradient is not finite; the last good state stays.
+            TrainingError: a pool cannot grow.
+            NonFiniteError: a loss, a gradient or a parameter is not finite; the last good state stays.
+            RunFolderError: a file cannot be written; the last good state stays.
         """
-        state = self._restore()
-        position = Position(**state["position"]) if state else Position()
+        saved = self._read_state()
+        position = self._resume(*saved) if saved else Position()
         while position.task < self.num_tasks:
-            if position.starts_task:
-                self.learner.begin_task(position.task)
+            self._begin_task(position.task)
+            state = None
+            if saved and not position.starts_task:
+                state = unpack(saved[0], self._task_start)
+                for role, tensors in state["models"].items():
+                    self.learner.load_state(role, tensors)
             self._run_task(position, state)
-            position, state = Position(position.task + 1), None
+            position, saved = Position(position.task + 1), None
         return self.record
 
-    def _restore(self) -> dict[str, Any] | None:
-        """Load the newest state, where there is one."""
-        data = self.folder.newest_state() if self.folder is not None else None
-        data = self.parallel.broadcast(data)
-        if data is None:
-            return None
-        state = from_bytes(data)
-        if state["identity"] != self.identity:
-            raise ValueError(
-                "the backbones' weights differ from those that this run started with "
-                f"({state['identity']} then, {self.identity} now): use the same files, or --overwrite 1"
-            )
-        self.record = RunRecord.from_state(state["record"])
-        position = Position(**state["position"])
-        self.learner.resume_task(max(0, position.task - position.starts_task))
-        for role, tensors in state["models"].items():
-            self.learner.load_state(role, tensors)
-        _log.info("Resuming at task %d, phase %d, epoch %d, step %d", position.task + 1, position.phase + 1,
-                  position.epoch + 1, position.step + 1)  # fmt: skip
-        return state
+    def _read_state(self) -> tuple[bytes, dict[str, bytes]] | None:
+        """The newest state, and the models from which its task began; the first process reads for all."""
+        saved = None
+        if self.folder is not None:
+            state, problems = self.folder.newest_state()
+            for problem in problems:
+                _log.warning("%s; going on from the state before it", problem)
+            if state is not None:
+                task = unpack_plain(state)["position"]["task"]
+                files = self._models_before(task)
+                saved = state, {role: self.folder.read(name) for role, name in files.items()}
+        return self.parallel.broadcast(saved)
+
+    def _models_before(self, task: int) -> dict[str, str]:
+        """Files of the models from which a task begins; none for the first task."""
+        return {role: model_file(role, task - 1) for role in self.learner.phases} if task else {}
+
+    def _resume(self, state: bytes, models: Mapping[str, bytes]) -> Position:
+        """Make the learner as it was before the state's task."""
+        plain = unpack_plain(state)
+        position = Position(**plain["position"])
+        self.record = RunRecord.from_state(plain["record"])
+        for role, data in models.items():
+            self.learner.load_state(role, from_bytes(data))
+        if position.task < self.num_tasks:
+            _log.info("Going on at %s", self._describe(position))
+        return position
+
+    def _describe(self, position: Position) -> str:
+        parts = [*self.learner.phases, "evaluation"]
+        where = f"task {position.task + 1}, {parts[position.phase]}"
+        trains = position.phase < len(self.learner.phases)
+        return where + f", epoch {position.epoch + 1}, step {position.step + 1}" if trains else where
+
+    def _begin_task(self, task: int) -> None:
+        try:
+            self.learner.begin_task(task)
+        except ValueError as error:
+            raise TrainingError(f"task {task + 1} cannot begin: {error} The last good state is kept.") from error
+        self._task_start = {"models": copy_to_cpu(self._models())}
+
+    def _models(self) -> dict[str, dict[str, Tensor]]:
+        return {role: self.learner.state(role) for role in self.learner.phases}
 
     def _run_task(self, position: Position, state: dict[str, Any] | None) -> None:
         task, phases = position.task, self.learner.phases
@@ -167,24 +191,21 @@ class Trainer:
             first = start.step if epoch == start.epoch else 0
             if first:
                 meter.load_state(state["meter"])
-            here = Position(task, start.phase, epoch, first)
-            started, images = time.monotonic(), meter.images
+            last = epoch == self.epochs - 1
+            following = Position(task, start.phase + 1) if last else Position(task, start.phase, epoch + 1)
             try:
-                self._run_epoch(phase, name, here, meter)
+                self._run_epoch(phase, name, Position(task, start.phase, epoch, first), meter)
+                self._save(following, None if last else phase)
             except NonFiniteError as error:
                 raise NonFiniteError(
                     f"task {task + 1}, {name}, epoch {epoch + 1}, {error}: lower --lr, or use --precision fp32; "
                     "the last good state is kept"
                 ) from None
-            self.record.add_epoch(name, task, epoch, meter.means())
-            self.record.add_time(task, name, 1, time.monotonic() - started, meter.images - images)
-            self.on_epoch(name, task, epoch, meter.means())
-            last = epoch == self.epochs - 1
-            following = Position(task, start.phase + 1) if last else Position(task, start.phase, epoch + 1)
-            self._after_epoch(following, None if last else phase)
+            self._obey(following, None if last else phase)
         self.progress.end_phase()
 
     def _run_epoch(self, phase: Phase, name: str, here: Position, meter: LossMeter) -> None:
+        started, images_before = time.monotonic(), meter.images
         steps = self.data.steps_per_epoch(here.task)
         phase.begin_epoch(here.epoch)
         self.progress.start_epoch(here.epoch, steps)
@@ -203,8 +224,12 @@ class Trainer:
             if step < steps and (read or self.parallel.world_size == 1):
                 self._obey(Position(here.task, here.phase, here.epoch, step), phase, meter)
         self.progress.end_epoch()
+        means = meter.means()
+        self.record.add_epoch(name, here.task, here.epoch, means)
+        self.record.add_time(here.task, name, 1, time.monotonic() - started, meter.images - images_before)
+        self.on_epoch(name, here.task, here.epoch, means)
 
-    def _obey(self, position: Position, phase: Phase | None, meter: LossMeter | None) -> None:
+    def _obey(self, position: Position, phase: Phase | None = None, meter: LossMeter | None = None) -> None:
         """Save when a signal asks for it, and stop when one asks for that."""
         stop = self.signals.stop
         asked = torch.tensor([stop, int(self.signals.save)])
@@ -219,34 +244,27 @@ class Trainer:
         if asked[0]:
             raise StoppedError(stop or 15)
 
-    def _after_epoch(self, position: Position, phase: Phase | None) -> None:
-        since = time.monotonic() - self._saved_at
-        due = self._save_seconds <= SAVING_SHARE * since
-        if self.parallel.broadcast(due) if self.parallel.world_size > 1 else due:
-            self._save(position, phase, None)
-        self._obey(position, phase, None)
-
     def _save(
         self,
         position: Position,
-        phase: Phase | None,
-        meter: LossMeter | None,
+        phase: Phase | None = None,
+        meter: LossMeter | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> None:
+        """Commit what is to be done next and all that it takes, and ``files`` with it."""
+        models = {} if position.starts_task else self._models()
+        _require_finite(models)
         if self.folder is None:
             return
-        started = time.monotonic()
         state = {
             "position": asdict(position),
-            "identity": self.identity,
-            "models": {role: _on_cpu(self.learner.state(role)) for role in self.learner.phases},
-            "phase": _on_cpu(phase.state()) if phase is not None else None,
-            "meter": meter.state() if meter is not None else None,
             "record": self.record.state(),
+            "meter": meter.state() if meter is not None else None,
+            "phase": phase.state() if phase is not None else None,
+            "models": models,
         }
-        self.folder.commit_state(to_bytes(state), files)
-        self._saved_at = time.monotonic()
-        self._save_seconds = self._saved_at - started
+        needs = self._models_before(position.task).values()
+        self.folder.commit_state(pack(state, self._task_start), needs, files)
 
     def _competing(self, task: int) -> ClassRange:
         """Columns that compete in the losses: the task's classes, with replay all classes seen."""
@@ -256,7 +274,10 @@ class Trainer:
     def _evaluate(self, task: int) -> None:
         """Measure both models on all tasks seen; write results, models and state as one commit."""
         started = time.monotonic()
-        rows, usage = evaluate(self.learner, self.stream, self.data, self.parallel, task)
+        here = Position(task, len(self.learner.phases))
+        rows, usage = evaluate(
+            self.learner, self.stream, self.data, self.parallel, task, between=lambda: self._obey(here)
+        )
         self.record.evaluation[task:] = [{"task": task, "seconds": time.monotonic() - started}]
         for role, row in rows.items():
             matrix = self.record.accuracy.setdefault(role, [])
@@ -264,17 +285,24 @@ class Trainer:
             self.record.usage.setdefault(role, [])[task:] = [usage[role]]
             _log.info("After task %d/%d the %s's accuracy is %.2f %%", task + 1, self.num_tasks, role,
                       sum(row) / len(row))  # fmt: skip
-        if self.folder is None:
-            return
-        files = self.result_files(self.record) | model_files(self.learner, task)
-        self._save(Position(task + 1), None, None, files)
-        self._obey(Position(task + 1), None, None)
+        following = Position(task + 1)
+        files = self.result_files(self.record) | model_files(self.learner, task) if self.folder is not None else {}
+        self._save(following, files=files)
+        self._obey(following)
 
 
 def evaluate(
-    learner: PromptLearner, stream: TaskStream, data: DataPipeline, parallel: Parallel, task: int
+    learner: PromptLearner,
+    stream: TaskStream,
+    data: DataPipeline,
+    parallel: Parallel,
+    task: int,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
     """Accuracies after ``task``.
+
+    Args:
+        between: called now and then, by all processes equally often.
 
     Returns:
         For each role the accuracy (%) on tasks 0 … ``task``, top 1 over all classes seen; and for each role
@@ -288,6 +316,10 @@ def evaluate(
         for images, targets in data.test(past):
             result = step(images, targets, seen)
             correct += torch.stack([result[role].sum() for role in rows])
+            if parallel.world_size == 1:
+                between()
+        if parallel.world_size > 1:
+            between()
         counts = parallel.sum(correct).tolist()
         for role, count in zip(rows, counts, strict=True):
             rows[role].append(100 * count / stream.test_size(past))
@@ -317,15 +349,17 @@ def model_file(role: str, task: int) -> str:
 
 def model_files(learner: PromptLearner, task: int) -> dict[str, bytes]:
     """The trained parts after ``task``."""
-    return {model_file(role, task): to_bytes(_on_cpu(learner.state(role))) for role in learner.phases}
+    return {model_file(role, task): to_bytes(copy_to_cpu(learner.state(role))) for role in learner.phases}
 
 
-def _on_cpu(value: Any) -> Any:
-    """A copy of nested containers with every tensor on the CPU, with a storage of its own."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True).contiguous()
-    if isinstance(value, Mapping):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_on_cpu(item) for item in value]
-    return value
+def _require_finite(models: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse to save a model that has gone wrong since its loss was last looked at.
+
+    Raises:
+        NonFiniteError: naming the tensor.
+    """
+    named = {f"{role}'s {name}": tensor for role, state in models.items() for name, tensor in state.items()}
+    if named and not torch.stack([tensor.sum() for tensor in named.values()]).isfinite().all():
+        for name, tensor in named.items():
+            if not tensor.isfinite().all():
+                raise NonFiniteError(f"after the last step: the {name} is not finite")

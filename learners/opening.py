@@ -1,0 +1,109 @@
+"""Open the folder of a run: alone, as it was left, and only to go on with what was begun there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from learners.signals import StoppedError
+from utils.checkpoint import LOCK, RunFolder, RunFolderError, RunLock
+from utils.config import Config, ConfigError
+
+ARGS = "args.yaml"
+LOG = "output.log"
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def own_folder(config: Config) -> Iterator[RunFolder]:
+    """The run folder ``--log_dir``, locked; moved aside before if ``--overwrite 1`` says so.
+
+    A folder that was not there before is gone again if the run cannot start.
+
+    Raises:
+        ConfigError: it cannot be written, is in use, is damaged, or holds a run with other settings. Nothing in
+            it has changed.
+    """
+    root = config.log_dir
+    existed = root.exists()
+    try:
+        with _opened(config) as folder:
+            yield folder
+    except (ConfigError, StoppedError):
+        if not existed:
+            _remove_if_unused(root)
+        raise
+
+
+@contextlib.contextmanager
+def _opened(config: Config) -> Iterator[RunFolder]:
+    with contextlib.ExitStack() as stack:
+        try:
+            config.log_dir.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(RunLock(config.log_dir))
+            folder = RunFolder(config.log_dir)
+            if config.overwrite:
+                _move_aside(folder, lock)
+            folder.open()
+            folder.newest_state()
+            _refuse_other_settings(config, folder)
+        except RunFolderError as error:
+            raise ConfigError([str(error)]) from error
+        except OSError as error:
+            raise ConfigError([f"--log_dir {config.log_dir} cannot be made ({error.strerror})"]) from error
+        yield folder
+
+
+def _move_aside(folder: RunFolder, lock: RunLock) -> None:
+    """Move a run aside, a damaged one too; what is no run is left alone."""
+    if folder.has_manifest():
+        target = lock.move_folder_aside()
+        _log.info("%s moved aside to %s", folder.root, target)
+
+
+def _remove_if_unused(root: Path) -> None:
+    with contextlib.suppress(OSError):
+        if not any(path.name not in (LOCK, LOG) for path in root.iterdir()):
+            shutil.rmtree(root)
+
+
+def _refuse_other_settings(config: Config, folder: RunFolder) -> None:
+    """A run is only resumed with the settings that it started with.
+
+    Raises:
+        ConfigError: naming the settings that differ.
+    """
+    differing = differing_settings(config, folder)
+    if differing and not _only_more_tasks(differing):
+        changes = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in differing.items())
+        raise ConfigError([
+            f"--log_dir {folder.root} holds a run with other settings ({changes}): choose another log_dir, give "
+            "the old settings, or start anew with --overwrite 1, which moves the old folder aside"
+        ])  # fmt: skip
+
+
+def differing_settings(config: Config, folder: RunFolder) -> dict[str, tuple[object, object]]:
+    """What decides results and is not as it was: key -> (value of the run in the folder, of ``config``)."""
+    import yaml
+
+    if ARGS not in folder.files:
+        return {}
+    before, now = yaml.safe_load(folder.read(ARGS)), config.result_settings()
+    return {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
+
+
+def _only_more_tasks(differing: dict[str, tuple[object, object]]) -> bool:
+    """Whether ``max_task`` alone differs and is larger: it says when to stop and changes nothing else."""
+    if list(differing) != ["max_task"]:
+        return False
+    before, now = differing["max_task"]
+    return before != -1 and (now == -1 or now > before)
+
+
+def is_finished(config: Config, folder: RunFolder) -> bool:
+    """Whether the folder holds all that ``config`` asks for."""
+    return folder.complete and not differing_settings(config, folder)
