@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from models.backbones import Backbone, BackboneError, load_backbone
 
 from dataloaders.base import DataError
 from dataloaders.build import build_stream
@@ -20,8 +19,10 @@ from learners.distillers import DISTILLERS
 from learners.distillers.base import DistillSettings
 from learners.optim import OptimSettings
 from learners.prompt import PromptLearner
+from models.backbones import Backbone, BackboneError, load_backbone
 from models.sizes import ViTSize
 from models.vit import PromptedViT, UnsupportedBackboneError
+from utils.checkpoint import MANIFEST
 from utils.config import Config, ConfigError
 from utils.parallel import Parallel, build_parallel
 
@@ -60,25 +61,23 @@ class Parts:
 
 
 @contextlib.contextmanager
-def assemble(config: Config) -> Iterator[Parts]:
-    """Build a run, and take it apart at the end of the block (worker processes, process group).
+def assemble(config: Config, *, alone: bool = False) -> Iterator[Parts]:
+    """Build a run, and take it apart at the end of the block (worker processes).
+
+    Args:
+        config: what to build.
+        alone: in this process only, also under torchrun.
 
     Raises:
-        ConfigError: data or weights are missing or damaged, or sizes do not fit.
+        ConfigError: data or weights are missing or damaged, sizes do not fit, or the processes differ.
     """
-    parallel = build_parallel(config.device, config.gpuid)
-    try:
-        parts = _build(config, parallel)
-    except (DataError, BackboneError, UnsupportedBackboneError) as error:
-        parallel.close()
-        raise ConfigError([str(error)]) from error
+    parts = _build_everywhere(config, build_parallel(config.device, config.gpuid, alone=alone))
     try:
         yield parts
     except DataError as error:
         raise ConfigError([str(error)]) from error
     finally:
         parts.data.close()
-        parallel.close()
 
 
 def load_backbones(config: Config) -> dict[str, Backbone]:
@@ -93,8 +92,18 @@ def load_backbones(config: Config) -> dict[str, Backbone]:
     return {role: loaded[key] for role, key in wanted.items()}
 
 
-def build_data(config: Config, image_size: int) -> TaskStream:
-    """The task stream of a configuration for images of ``image_size`` pixels."""
+def build_data(config: Config, image_size: int, *, may_write: bool = True) -> TaskStream:
+    """The task stream of a configuration for images of ``image_size`` pixels.
+
+    Args:
+        config: names the data.
+        image_size: of the student's backbone.
+        may_write: write a split that had to be drawn to the log_dir; False on all processes but the first, which
+            draw the same one, or read it when they resume.
+    """
+    log_dir = config.log_dir
+    if not may_write and log_dir is not None and not (log_dir / MANIFEST).exists():
+        log_dir = None
     return build_stream(
         dataset=config.dataset,
         dataroot=config.dataroot,
@@ -109,7 +118,7 @@ def build_data(config: Config, image_size: int) -> TaskStream:
         train_aug=config.train_aug,
         crop_scale=config.crop_scale,
         data_url=config.data_url,
-        log_dir=config.log_dir,
+        log_dir=log_dir,
     )
 
 
@@ -140,11 +149,56 @@ def make_learner(
     )  # fmt: skip
 
 
+def _build_everywhere(config: Config, parallel: Parallel) -> Parts:
+    """Build on every process; all of them stop when one cannot, or would compute something else.
+
+    Raises:
+        ConfigError: on all processes, with the problems on the first one.
+    """
+    problems: list[str] = []
+    facts: dict[str, object] = {}
+    try:
+        parts = _build(config, parallel)
+        facts = {
+            "settings": config.settings_hash(),
+            "backbones": parts.identity,
+            "classes": parts.stream.class_names,
+            "numbers of images": _numbers_of_images(parts.stream),
+        }
+    except ConfigError as error:
+        problems = error.problems
+    except (DataError, BackboneError, UnsupportedBackboneError) as error:
+        problems = [str(error)]
+    everyones = parallel.gather((problems, facts))
+    if parallel.rank == 0:
+        for rank, (theirs, _) in enumerate(everyones):
+            problems += [f"process {rank}: {problem}" for problem in theirs if problem not in problems]
+        problems = problems or _differences([facts for _, facts in everyones])
+    if parallel.broadcast(bool(problems)):
+        raise ConfigError(problems if parallel.rank == 0 else [])
+    return parts
+
+
+def _numbers_of_images(stream: TaskStream) -> list[tuple[int, int]]:
+    """For training and test, per task."""
+    return [(stream.train_size(task), stream.test_size(task)) for task in range(len(stream))]
+
+
+def _differences(facts: list[dict[str, object]]) -> list[str]:
+    """One sentence for each process that does not have what the first has."""
+    return [
+        f"process {rank} has other {' and '.join(other)} than process 0: all machines need the same files and flags"
+        for rank, own in enumerate(facts)
+        if (other := [name for name in own if own[name] != facts[0].get(name)])
+    ]
+
+
 def _build(config: Config, parallel: Parallel) -> Parts:
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     backbones = load_backbones(config)
-    stream = build_data(config, backbones["student"].vit.image_size)
+    image_size = backbones["student"].vit.image_size
+    stream = build_data(config, image_size, may_write=parallel.rank == 0)
     learner = make_learner(config, backbones, stream.num_classes, len(stream), parallel)
     data = DataPipeline(
         stream,

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+# A process that does not answer for this long is given up by the others. A process that dies is noticed at once,
+# unless its whole machine or network goes without a word. Reading a batch, saving and evaluating take less.
+TIMEOUT_S = 300.0
+
+# What keeps DDP from sending buffers before each step has a new name in newer versions of torch.
+_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers": False}
 
 
 class Parallel(Protocol):
@@ -49,8 +59,8 @@ class Parallel(Protocol):
     def broadcast(self, value: Any) -> Any:
         """The first process's value, on all processes."""
 
-    def close(self) -> None:
-        """Leave the group of processes."""
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, on all processes, by rank."""
 
 
 class SingleDevice:
@@ -81,8 +91,8 @@ class SingleDevice:
     def broadcast(self, value: Any) -> Any:
         return value
 
-    def close(self) -> None:
-        pass
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
 
 class SeveralGPUs(SingleDevice):
@@ -94,33 +104,41 @@ class SeveralGPUs(SingleDevice):
         self.replicas = len(self.gpuids)
 
     def wrap(self, step: nn.Module) -> nn.Module:
-        return nn.DataParallel(step, device_ids=self.gpuids)
+        return DataParallel(step, device_ids=self.gpuids)
 
 
 class Distributed:
     """One process of a ``torchrun`` group: DistributedDataParallel, nccl on GPUs and gloo on CPUs.
 
+    The group is joined by the first object and left by :func:`leave_group`, since a process can join only once.
+
     Args:
         device: this process's device.
-        timeout_s: seconds after which a collective operation without an answer ends the process with an error.
+        timeout_s: seconds after which an exchange between processes without an answer ends with an error.
     """
 
     def __init__(self, device: torch.device, timeout_s: float) -> None:
         self.device = device
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(seconds=timeout_s)
-        torch.distributed.init_process_group(backend, timeout=timeout)
+        if not torch.distributed.is_initialized():
+            on_gpu = device.type == "cuda"
+            torch.distributed.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                timeout=datetime.timedelta(seconds=timeout_s),
+                device_id=device if on_gpu else None,
+            )
         self.rank = torch.distributed.get_rank()
         self.world_size = self.replicas = torch.distributed.get_world_size()
 
     def wrap(self, step: nn.Module) -> nn.Module:
-        """A new reducer for what is trained now; frozen parts are neither broadcast nor reduced."""
-        frozen = [name for name, p in step.named_parameters() if not p.requires_grad]
-        frozen += [name for name, _ in step.named_buffers()]
-        ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-        ignore(step, frozen)
+        """A new reducer for what is trained now; nothing else is sent, neither now nor later.
+
+        Frozen weights are equal by their checksums, and a trained parameter starts as on rank 0.
+        """
+        for parameter in step.parameters():
+            if parameter.requires_grad:
+                torch.distributed.broadcast(parameter.detach(), src=0)
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(step, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(step, device_ids=ids, init_sync=False, **_NO_BUFFERS)
 
     def wrap_evaluation(self, step: nn.Module) -> nn.Module:
         return step  # counts are summed by the caller
@@ -141,38 +159,57 @@ class Distributed:
         torch.distributed.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def close(self) -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+
+def leave_group() -> None:
+    """Leave the group of processes, if there is one; only where no other process is waited for."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether ``error`` says that another process of the group is gone or does not answer."""
+    if not isinstance(error, RuntimeError) or not torch.distributed.is_initialized():
+        return False
+    # What gloo raises has no type of its own.
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def choose_device(device: str | None, gpuids: Sequence[int] | None, local_rank: int = 0) -> torch.device:
     """The device of this process.
 
     Args:
-        device: ``--device`` ("cpu", "cuda", "cuda:1", "mps"), which wins, or None.
-        gpuids: ``--gpuid``; (-1,) is the CPU, None GPU 0 where there is one.
+        device: ``--device``, a kind ("cpu", "cuda", "mps") or a torch name ("cuda:1"), or None.
+        gpuids: ``--gpuid``; (-1,) is the CPU. With neither, a GPU where there is one.
         local_rank: index of this process on its machine under torchrun.
     """
-    if device is not None:
-        chosen = torch.device(device)
-        if chosen.type == "cuda" and chosen.index is None:
-            return torch.device("cuda", local_rank)
-        return chosen
-    if gpuids == (-1,) or not torch.cuda.is_available():
+    if device not in (None, "cuda"):
+        return torch.device(device)
+    if device is None and (gpuids == (-1,) or not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not gpuids:
-        return torch.device("cuda", local_rank)
-    return torch.device("cuda", gpuids[local_rank % len(gpuids)])
+    return torch.device("cuda", gpuids[local_rank] if gpuids else local_rank)
 
 
-def build_parallel(device: str | None, gpuids: Sequence[int] | None, *, timeout_s: float = 300.0) -> Parallel:
-    """Choose by the environment and the flags: torchrun's processes, several GPUs, or one device."""
-    if "RANK" in os.environ:
+def build_parallel(
+    device: str | None, gpuids: Sequence[int] | None, *, alone: bool = False, timeout_s: float = TIMEOUT_S
+) -> Parallel:
+    """Choose by the environment and the flags: torchrun's processes, several GPUs, or one device.
+
+    Args:
+        device, gpuids: as for :func:`choose_device`.
+        alone: do not join torchrun's group.
+        timeout_s: as for :class:`Distributed`.
+    """
+    if "RANK" in os.environ and not alone:
         chosen = choose_device(device, gpuids, int(os.environ.get("LOCAL_RANK", "0")))
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         return Distributed(chosen, timeout_s)
-    if device is None and gpuids and len(gpuids) > 1:
+    chosen = choose_device(device, gpuids)
+    if chosen.type == "cuda" and gpuids and len(gpuids) > 1:
         return SeveralGPUs(gpuids)
-    return SingleDevice(choose_device(device, gpuids))
+    return SingleDevice(chosen)
