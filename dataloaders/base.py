@@ -34,7 +34,9 @@ class BadImageError(DataError):
     """An image file that is missing, empty or damaged."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"cannot read the image {path}: {reason}")
+        # A name that is no UTF-8 must not keep the sentence from being printed.
+        shown = f"{path}: {reason}".encode(errors="replace").decode()
+        super().__init__(f"cannot read the image {shown}")
         self.path = str(path)
         self.reason = reason
 

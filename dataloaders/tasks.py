@@ -115,6 +115,7 @@ class TaskStream:
 
         sizes = (self.num_classes, self.num_classes) if upper_bound else (first_split_size, other_split_size)
         self._classes = split_classes(self.num_classes, *sizes)
+        self._replays: dict[int, np.ndarray] = {}
         self._require_images()
 
     @property
@@ -167,11 +168,12 @@ class TaskStream:
 
     def replay(self, task: int) -> np.ndarray:
         """As many draws (with replacement) from the coreset as the task has images; none without memory."""
-        coreset = self.coreset(task) if self.memory > 0 else np.empty(0, dtype=np.int64)
-        if len(coreset) == 0:
-            return coreset
-        rng = random_state(self.seed, "replay", task)
-        return coreset[rng.randint(0, len(coreset), size=self.train_size(task))]
+        if task not in self._replays:
+            coreset = self.coreset(task) if self.memory > 0 else np.empty(0, dtype=np.int64)
+            draws = self.train_size(task) if len(coreset) else 0
+            rng = random_state(self.seed, "replay", task)
+            self._replays[task] = coreset[rng.randint(0, max(len(coreset), 1), size=draws)]
+        return self._replays[task]
 
     def class_weights(self, task: int) -> np.ndarray:
         """Weights of the classes in the loss, inverse to their frequency in the task's training set.
@@ -196,10 +198,9 @@ class TaskStream:
         for task in range(len(self)):
             for part, number in (("training", self.train_size(task)), ("test", self.test_size(task))):
                 if number == 0:
-                    names = ", ".join(self.task_names(task)[:3])
-                    raise DataError(
-                        f"task {task} ({names}, ...) has no {part} images: check the folders in dataroot"
-                    )
+                    names = self.task_names(task)
+                    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                    raise DataError(f"task {task} ({shown}) has no {part} images: check the folders in dataroot")
 
 
 def balanced_counts(available: np.ndarray, rank: np.ndarray, total: int) -> np.ndarray:

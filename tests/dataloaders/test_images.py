@@ -165,6 +165,11 @@ def test_what_is_not_there_is_said_so(tmp_path, make, reason):
         read_image(tmp_path / "x.png")
 
 
+def test_the_error_of_a_name_that_is_no_text_can_be_printed():
+    error = BadImageError(os.fsdecode(b"d/\xe9.jpg"), "the file is empty")
+    assert str(error).encode() == b"cannot read the image d/?.jpg: the file is empty"
+
+
 def test_the_error_pickles():
     error = pickle.loads(pickle.dumps(BadImageError("a b.jpg", "the file is empty")))
     assert str(error) == "cannot read the image a b.jpg: the file is empty"

@@ -96,6 +96,39 @@ def test_the_same_workers_serve_all_passes(with_workers):
     assert {child.pid for child in multiprocessing.active_children()} == before
 
 
+def test_a_batch_that_is_held_is_never_written_again(stream):
+    data = pipeline(stream)
+    weight = torch.ones((), requires_grad=True)
+    copies, held, losses = [], [], []
+    for epoch in range(3):
+        for images, _ in data.train(0, "teacher", epoch):
+            copies.append(images.clone())
+            held.append(images[1:])  # a view of it
+            losses.append((images * weight).sum())  # autograd keeps it
+            del images
+    assert all(torch.equal(view, copy[1:]) for view, copy in zip(held, copies, strict=True))
+    del held
+    for loss, copy in zip(losses, copies, strict=True):
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert gradient == copy.sum()
+
+
+def test_memory_is_used_again(stream):
+    buffers = pipeline(stream)._buffers
+    first = buffers.take((2, 3))
+    address = first.data_ptr()
+    second = buffers.take((2, 3))
+    assert second.data_ptr() != address
+    view = first[1:]
+    del first
+    assert buffers.take((2, 3)).data_ptr() != address
+    del view
+    assert buffers.take((2, 3)).data_ptr() == address
+    held = [buffers.take((2, 3)) for _ in range(9)]
+    assert len({tensor.data_ptr() for tensor in held}) == 9
+    assert buffers.take((5,)).shape == (5,)
+
+
 def test_the_global_random_state_is_left_alone(stream):
     torch.manual_seed(5)
     before = torch.get_rng_state()
