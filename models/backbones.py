@@ -1,26 +1,17 @@
-"""Frozen backbones by name: the project's own, timm's vision transformers, and weights from a file.
-
-Reading a file never runs code from it: pickles are restricted to tensors and plain values.
-"""
+"""Frozen backbones by name: the project's own, timm's vision transformers, and weights from a file."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
-import pickle
 import re
-import warnings
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import timm
 import torch
-from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -37,10 +28,17 @@ from models.pretrained import (
 )
 from models.sizes import OWN_MODELS, ViTSize, name_problem
 from models.vit import PromptedViT, UnsupportedBackboneError
+from models.weight_files import (
+    WeightsError,
+    check_fit,
+    file_kind,
+    first_line,
+    read_tensors,
+    some,
+    unwrap,
+)
 
 LOG = logging.getLogger(__name__)
-# What training scripts put around a state dict.
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
 # Classifiers, and what pre-training adds beside the encoder; no backbone here has them.
 _IGNORED = re.compile(r"(head|head_dist|head_drop|fc|pre_logits|mask_token|logit_scale|logit_bias)(\.|$)")
 
@@ -90,7 +88,10 @@ def load_backbone(name: str, *, weights: Path | None = None, pretrained: bool = 
     if problem:
         raise BackboneError(problem)
     path = weights or shipped_file(name) or cached_file(name) or _download(name)
-    vit = _load(full, path, strange=weights is not None)
+    try:
+        vit = _load(full, path, strange=weights is not None)
+    except WeightsError as error:
+        raise BackboneError(str(error)) from error
     tag = full if weights is None else full.partition(".")[0]
     LOG.info("weights of %s from %s", tag, path)
     return Backbone(_prompted(name, vit), tag, _sha256(path), str(path))
@@ -132,7 +133,7 @@ def _create(full: str, device: str) -> VisionTransformer:
         try:
             return timm.create_model(full, pretrained=False, num_classes=0)
         except (RuntimeError, ValueError) as error:
-            raise BackboneError(f"timm cannot build {full}: {_first_line(error)}") from error
+            raise BackboneError(f"timm cannot build {full}: {first_line(error)}") from error
 
 
 def _prompted(name: str, vit: nn.Module) -> PromptedViT:
@@ -159,7 +160,7 @@ def _download(name: str) -> Path:
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 continue
             raise BackboneError(
-                f"{repository} could not be fetched ({_first_line(error)}); {how_to_get(name)}"
+                f"{repository} could not be fetched ({first_line(error)}); {how_to_get(name)}"
             ) from error
     raise BackboneError(f"{repository} holds none of {', '.join(HUB_FILES)}; {how_to_get(name)}")
 
@@ -167,10 +168,10 @@ def _download(name: str) -> Path:
 def _load(full: str, path: Path, *, strange: bool) -> VisionTransformer:
     """Build ``full`` with the weights in ``path``; a ``strange`` file is one that may be of another model."""
     architecture = full.partition(".")[0]
-    if _kind(path) == "npz":
+    if file_kind(path) == "npz":
         return _load_npz(_create(full, "cpu"), path, architecture)
     vit = _create(full, "meta")
-    state = unwrap(read_tensors(path), path)
+    state = _encoder(unwrap(read_tensors(path), path), path)
     if strange:
         _check_geometry(state, vit, path, architecture)
     # timm's own resampling rules; only weights from the hub are ever resampled.
@@ -184,9 +185,9 @@ def _load(full: str, path: Path, *, strange: bool) -> VisionTransformer:
             antialias=smooth,
         )
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise BackboneError(f"{path} does not fit {architecture}: {_first_line(error)}") from error
+        raise WeightsError(f"{path} does not fit {architecture}: {first_line(error)}") from error
     state = {key: value for key, value in state.items() if not _IGNORED.match(key)}
-    _check_fit(state, vit.state_dict(), path, architecture)
+    check_fit(state, vit.state_dict(), path, architecture)
     vit.load_state_dict({key: _as_float32(value) for key, value in state.items()}, assign=True)
     return vit
 
@@ -196,12 +197,22 @@ def _as_float32(value: Tensor) -> Tensor:
     return value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
 
 
+def _encoder(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The part of a state dict under the prefix, if any, that stands before ``blocks.0``."""
+    first = "blocks.0.norm1.weight"
+    prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
+    if len(prefixes) > 1:
+        raise WeightsError(f"{path} holds several encoders ({', '.join(prefixes)}); save one of them alone")
+    prefix = prefixes[0] if prefixes else ""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
 def _check_geometry(state: Mapping[str, Tensor], vit: VisionTransformer, path: Path, name: str) -> None:
     """Refuse patches or input sizes of another model, which timm's filter would resample silently."""
     kernel = state.get("patch_embed.proj.weight", state.get("visual.conv1.weight"))
     expected = vit.state_dict().get("patch_embed.proj.weight")
     if kernel is not None and expected is not None and kernel.shape[2:] not in ((), expected.shape[2:]):
-        raise BackboneError(
+        raise WeightsError(
             f"{path} does not fit {name}: its patches are of {kernel.shape[-1]} px, the model's of"
             f" {expected.shape[-1]} px"
         )
@@ -210,29 +221,10 @@ def _check_geometry(state: Mapping[str, Tensor], vit: VisionTransformer, path: P
         return
     count, expected = positions.shape[-2], vit.pos_embed.shape[1]
     if count not in (expected, expected + ("register_tokens" in state)):
-        raise BackboneError(
+        raise WeightsError(
             f"{path} does not fit {name}: it has {count} positions and the model {expected}, as for another"
             " input size"
         )
-
-
-def _check_fit(state: Mapping[str, Tensor], model: Mapping[str, Tensor], path: Path, name: str) -> None:
-    """Raise :class:`BackboneError` unless names and shapes are those of the model."""
-    missing = [key for key in model if key not in state]
-    if len(missing) == len(model):
-        raise BackboneError(f"{path} holds no weights of {name}: no tensor in it has a name that {name} knows")
-    shapes = [
-        f"{key} is {_shape(state[key])}, not {_shape(model[key])}"
-        for key in model
-        if key in state and state[key].shape != model[key].shape
-    ]
-    if shapes:
-        raise BackboneError(f"{path} does not fit {name}: {_some(shapes, 'tensors of another shape')}")
-    if missing:
-        raise BackboneError(f"{path} does not fit {name}: it lacks {_some(missing, 'tensors')}")
-    unknown = [key for key in state if key not in model]
-    if unknown:
-        raise BackboneError(f"{path} does not fit {name}: the model has no {_some(unknown, 'tensors')}")
 
 
 def _load_npz(vit: VisionTransformer, path: Path, name: str) -> VisionTransformer:
@@ -244,7 +236,7 @@ def _load_npz(vit: VisionTransformer, path: Path, name: str) -> VisionTransforme
         with np.load(path, allow_pickle=False) as archive:
             shapes = {re.sub("^(opt/target|params)/", "", key): archive[key].shape for key in archive}
     except Exception as error:  # see read_tensors
-        raise BackboneError(f"{path} is damaged, or holds Python objects: {_first_line(error)}") from error
+        raise WeightsError(f"{path} is damaged, or holds Python objects: {first_line(error)}") from error
     _check_npz(shapes, vit, path, name)
     with torch.no_grad():
         for parameter in vit.parameters():
@@ -252,10 +244,10 @@ def _load_npz(vit: VisionTransformer, path: Path, name: str) -> VisionTransforme
     try:
         vit.load_pretrained(str(path))
     except (KeyError, ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:
-        raise BackboneError(f"{path} does not fit {name}: {_first_line(error)}") from error
+        raise WeightsError(f"{path} does not fit {name}: {first_line(error)}") from error
     missing = [key for key, parameter in vit.named_parameters() if parameter.isnan().any()]
     if missing:
-        raise BackboneError(f"{path} does not fit {name}: it lacks {_some(missing, 'tensors')}")
+        raise WeightsError(f"{path} does not fit {name}: it lacks {some(missing, 'tensors')}")
     return vit
 
 
@@ -274,103 +266,9 @@ def _check_npz(shapes: Mapping[str, tuple[int, ...]], vit: VisionTransformer, pa
     }
     for what, number in found.items():
         if number and number != wanted[what]:
-            raise BackboneError(
+            raise WeightsError(
                 f"{path} does not fit {name}: it has {number} {what}, the model {wanted[what]}"
             )
-
-
-def read_tensors(path: Path) -> Mapping[str, object]:
-    """What a ``.pth`` or ``.safetensors`` file holds, without running code from it.
-
-    Raises:
-        BackboneError: the file is no such file, is damaged, or holds Python objects beside tensors.
-    """
-    kind = _kind(path)
-    try:
-        if kind == "safetensors":
-            return safetensors.torch.load_file(path)
-        # timm and DeiT save the arguments of their scripts along with the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the errors below say all that matters to a user
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
-    except pickle.UnpicklingError as error:
-        if "global" not in str(error).lower():
-            raise BackboneError(
-                f"{path} is damaged, or a pickle that torch.save did not write, which is not loaded because that"
-                " could run code"
-            ) from error
-        raise BackboneError(
-            f"{path} holds Python objects besides tensors{_objects(path)}, which are not loaded because that"
-            " could run code; save its state dict alone"
-        ) from error
-    except Exception as error:  # what a damaged pickle or archive can raise has no end
-        if "TorchScript" in str(error):
-            raise BackboneError(f"{path} is a TorchScript program; save its state dict alone") from error
-        raise BackboneError(f"{path} is damaged or cut short: {_first_line(error)}") from error
-    if not isinstance(content, Mapping):
-        raise BackboneError(f"{path} holds a {type(content).__name__} instead of a state dict")
-    return content
-
-
-def unwrap(content: Mapping[str, object], path: Path) -> dict[str, Tensor]:
-    """The state dict of the encoder in what a training script saved.
-
-    Wrappers (``state_dict``, ``model``) and prefixes (``module.``, or whatever stands before ``blocks.0``)
-    are taken off; what is no tensor is left out.
-
-    Raises:
-        BackboneError: there are several encoders, or no tensors.
-    """
-    while wrapper := next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None):
-        content = content[wrapper]
-    state = clean_state_dict({str(k): v for k, v in content.items() if isinstance(v, Tensor)})
-    if not state:
-        raise BackboneError(f"{path} holds no tensors")
-    first = "blocks.0.norm1.weight"
-    prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
-    if len(prefixes) > 1:
-        raise BackboneError(f"{path} holds several encoders ({', '.join(prefixes)}); save one of them alone")
-    prefix = prefixes[0] if prefixes else ""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def _kind(path: Path) -> str:
-    """``npz``, ``zip`` (torch), ``pickle`` (torch before 1.6) or ``safetensors``, by the content of a file.
-
-    Raises:
-        BackboneError: it is none of these.
-    """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(512)
-    except OSError as error:
-        raise BackboneError(f"{path} cannot be read: {error.strerror}") from error
-    if not start:
-        raise BackboneError(f"{path} is empty; fetch it again")
-    if start.lstrip().startswith(b"<"):
-        raise BackboneError(f"{path} is a web page, not weights; fetch the file that the page links to")
-    if start.startswith(b"version https://git-lfs"):
-        raise BackboneError(f"{path} only stands for a file in Git LFS; fetch the file itself (git lfs pull)")
-    if start.startswith(b"PK"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return "npz" if any(name.endswith(".npy") for name in archive.namelist()) else "zip"
-        except Exception as error:  # see read_tensors
-            raise BackboneError(f"{path} is damaged or cut short; fetch it again") from error
-    if start.startswith(b"\x80"):
-        return "pickle"
-    if start[8:9] == b"{":
-        return "safetensors"
-    raise BackboneError(f"{path} is no file with weights (.pth, .safetensors or .npz)")
-
-
-def _objects(path: Path) -> str:
-    """The Python objects that a pickle asks for, in brackets, where torch can tell them."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # only more detail for an error that is raised anyway
-        names = []
-    return f" ({', '.join(names[:3])})" if names else ""
 
 
 def _sha256(path: Path) -> str:
@@ -379,18 +277,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _shape(value: Tensor) -> str:
-    return "x".join(map(str, value.shape)) or "a number"
-
-
-def _some(items: Iterable[str], what: str) -> str:
-    """The only item, or how many there are and the first of them."""
-    items = list(items)
-    return items[0] if len(items) == 1 else f"{len(items)} {what}, such as {items[0]}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

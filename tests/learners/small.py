@@ -1,0 +1,92 @@
+"""Learners on tiny random backbones, for the tests of this folder."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from dataloaders.tasks import ClassRange
+from learners.build import build_learner
+from learners.distillers.base import DistillSettings
+from learners.optim import OptimSettings
+from learners.prompt import PromptLearner
+from models.prompts import PROMPTS
+from models.vit import PromptedViT
+from utils.parallel import SingleDevice
+
+TASKS = 3
+PER_TASK = 2
+CLASSES = TASKS * PER_TASK
+BATCH = 4
+# Where the paper's values (the default here) do not fit 3 tasks of a narrow ViT.
+PROMPT_PARAM = {"CODAPrompt": (7, 4, 0.0)}
+
+
+def vit(*, dim: int = 16, depth: int = 2, seed: int = 0, **options) -> PromptedViT:
+    """16 x 16 pixels, 5 tokens; weights large enough that everything has an effect."""
+    torch.manual_seed(seed)
+    model = VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=dim, depth=depth, num_heads=2, num_classes=0, **options
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return PromptedViT(model)
+
+
+def learner(
+    learner_name: str,
+    kd_method: str,
+    *,
+    prompt_param=None,
+    teacher_depth: int = 3,
+    student_depth: int = 2,
+    alpha: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+    optim: OptimSettings | None = None,
+    aux_loss_scale: float = 1.0,
+    seed: int = 1,
+    **options,
+) -> PromptLearner:
+    """Teacher of width 24 and student of width 16; the pool has the size of PROMPT_PARAM unless given."""
+    built = build_learner(
+        learner_name=learner_name,
+        prompt_param=prompt_param or PROMPT_PARAM.get(learner_name, PROMPTS[learner_name].paper),
+        kd_method=kd_method,
+        distill=DistillSettings(alpha, 2.0, prompt_layers=student_depth, prompt_length=4),
+        teacher_vit=vit(dim=24, depth=teacher_depth, seed=1),
+        student_vit=vit(depth=student_depth, seed=2),
+        num_classes=CLASSES,
+        num_tasks=TASKS,
+        optim=optim or OptimSettings(lr=0.01, schedule=(2,)),
+        aux_loss_scale=aux_loss_scale,
+        seed=seed,
+        parallel=SingleDevice(torch.device("cpu")),
+        **options,
+    )
+    for module in (built.student, built.distiller, built.teacher):
+        if module is not None:
+            module.to(dtype)
+    return built
+
+
+def classes_of(task: int) -> ClassRange:
+    return ClassRange(task * PER_TASK, (task + 1) * PER_TASK)
+
+
+def batch_of(task: int, dtype: torch.dtype = torch.float32, *, size: int = BATCH, seed: int = 0):
+    """Images [size, 3, 16, 16] and labels of one task."""
+    generator = torch.Generator().manual_seed(100 * task + seed)
+    images = torch.rand(size, 3, 16, 16, generator=generator).to(dtype)
+    classes = classes_of(task)
+    return images, torch.randint(classes.start, classes.stop, (size,), generator=generator)
+
+
+def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def changed(module: torch.nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """Names of the tensors that are not bit for bit what they were."""
+    return {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
