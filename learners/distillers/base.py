@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -111,7 +112,7 @@ def task_cross_entropy(
         class_weights: a weight for each class [C]; the mean stays over the batch.
     """
     losses = F.cross_entropy(
-        logits[:, classes.start : classes.stop].float(), targets - classes.start, reduction="none"
+        full_precision(logits[:, classes.start : classes.stop]), targets - classes.start, reduction="none"
     )
     if class_weights is not None:
         losses = losses * class_weights[targets]
@@ -126,6 +127,11 @@ def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
         teacher: logits [B, K].
         temperature: tau.
     """
-    student_log = F.log_softmax(student.float() / temperature, dim=1)
-    teacher_log = F.log_softmax(teacher.float() / temperature, dim=1)
+    student_log = F.log_softmax(full_precision(student) / temperature, dim=1)
+    teacher_log = F.log_softmax(full_precision(teacher) / temperature, dim=1)
     return temperature**2 * F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """``x`` in float32, or as it is where it is more precise: losses are never computed in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataloaders.tasks import ClassRange
-from learners.distillers.base import Distiller
+from learners.distillers.base import Distiller, full_precision
 from models.prompted_model import ModelOutput
 
 TARGET_WEIGHT = 1.0
@@ -45,7 +45,7 @@ def dkd_loss(
         beta: weight of the non-target part.
         temperature: tau; both parts are scaled by tau^2.
     """
-    student, teacher = student.float() / temperature, teacher.float() / temperature
+    student, teacher = full_precision(student) / temperature, full_precision(teacher) / temperature
     if student.shape[1] < 2:
         return student.sum() * 0  # a single class has no others to tell apart
     hit = F.one_hot(target, student.shape[1]).bool()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learners.distillers.base import DistillDims, Distiller, DistillSettings
+from learners.distillers.base import DistillDims, Distiller, DistillSettings, full_precision
 from models.prompted_model import ModelOutput
 
 FEATURE_WEIGHT = 0.1
@@ -33,4 +33,4 @@ class FitNets(Distiller):
 
     def feature(self, student: ModelOutput, teacher: ModelOutput | None) -> Tensor:
         projected = self.project_t_s(student.blocks[-1])
-        return FEATURE_WEIGHT * F.mse_loss(projected.float(), teacher.blocks[-1].float())
+        return FEATURE_WEIGHT * F.mse_loss(full_precision(projected), full_precision(teacher.blocks[-1]))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learners.distillers.base import DistillDims, Distiller, DistillSettings
+from learners.distillers.base import DistillDims, Distiller, DistillSettings, full_precision
 from models.prompted_model import ModelOutput
 
 FEATURE_WEIGHT = 0.2
@@ -79,5 +79,6 @@ class ReviewKD(Distiller):
     def feature(self, student: ModelOutput, teacher: ModelOutput | None) -> Tensor:
         fused = self.ReviewKD_layers(student.blocks)
         targets = teacher.blocks[-len(fused) :]
-        losses = [F.mse_loss(f.float(), t.float()) for f, t in zip(fused, targets, strict=True)]
+        pairs = zip(fused, targets, strict=True)
+        losses = [F.mse_loss(full_precision(f), full_precision(t)) for f, t in pairs]
         return FEATURE_WEIGHT * torch.stack(losses).mean()
