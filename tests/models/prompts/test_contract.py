@@ -1,0 +1,145 @@
+"""What every entry of the PROMPTS table must keep to; a new pool is tested without a line here."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from models.prompts import PROMPTS
+from models.prompts.base import PromptDims, PromptPool
+from models.vit import LayerPrompt
+
+TASKS = 3
+BATCH = 4
+# Smaller than the paper's pools, where these do not fit 3 tasks of a narrow ViT.
+SMALL = {"CODAPrompt": (7, 4, 0.1)}
+NAME = re.compile(r"[eg]_[pka]_\d+")
+
+
+def build(name: str, depth: int = 12, seed: int = 0) -> PromptPool:
+    entry = PROMPTS[name]
+    keywords, problems = entry.parse(SMALL.get(name, entry.paper), TASKS)
+    assert problems == []
+    torch.manual_seed(seed)
+    return entry.load()(dims=PromptDims(query_dim=12, embed_dim=16, depth=depth, num_tasks=TASKS), **keywords)
+
+
+def query(batch: int = BATCH, seed: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def generator(seed: int = 9) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tensors_of(layers: list[LayerPrompt]) -> list[torch.Tensor]:
+    return [part for layer in layers if layer.prefix is not None for part in layer.prefix]
+
+
+@pytest.mark.parametrize("depth", [1, 3, 12, 24])
+@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_shapes_at_every_depth(name, depth, training):
+    pool = build(name, depth).train(training)
+    layers, loss = pool(query())
+    assert len(layers) == depth
+    assert loss.shape == () and loss.isfinite()
+    assert any(layer.prefix is not None for layer in layers)
+    for layer in layers:
+        assert layer.suffix is None
+        if layer.prefix is not None:
+            key, value = layer.prefix
+            assert key.shape == value.shape
+            assert key.dim() == 3 and key.shape[0] in (1, BATCH) and key.shape[2] == 16
+    assert all(x.isfinite().all() for x in tensors_of(layers))
+
+
+@pytest.mark.parametrize("depth", [1, 3, 24])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_names_are_the_originals_and_no_block_is_missing(name, depth):
+    pool = build(name, depth)
+    for parameter in pool.state_dict():
+        assert NAME.fullmatch(parameter)
+        assert int(parameter.rsplit("_", 1)[1]) < depth
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_gradients_reach_every_parameter_and_nothing_else(name):
+    pool = build(name).train()
+    asked = query().requires_grad_()
+    layers, loss = pool(asked.detach())
+    (sum(x.square().sum() for x in tensors_of(layers)) + loss).backward()
+    assert asked.grad is None
+    for parameter_name, parameter in pool.named_parameters():
+        assert parameter.requires_grad
+        assert parameter.grad is not None and parameter.grad.any(), parameter_name
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_begin_task_changes_parameters_in_place(name):
+    pool = build(name)
+    before = {key: (id(value), value.data_ptr()) for key, value in pool.named_parameters()}
+    for task in range(1, TASKS):
+        pool.begin_task(task, generator())
+        assert pool.task == task
+    assert before == {key: (id(value), value.data_ptr()) for key, value in pool.named_parameters()}
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in pool.parameters())
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_begin_task_depends_on_the_generator_alone(name):
+    first, second = build(name), build(name)
+    torch.manual_seed(5)
+    first.begin_task(1, generator(3))
+    torch.manual_seed(6)
+    second.begin_task(1, generator(3))
+    assert all(torch.equal(x, second.state_dict()[key]) for key, x in first.state_dict().items())
+
+
+@pytest.mark.parametrize("task", range(TASKS))
+@pytest.mark.parametrize("name", PROMPTS)
+def test_state_round_trips(name, task):
+    pool, fresh = build(name, seed=0), build(name, seed=1)
+    for earlier in range(1, task + 1):
+        pool.begin_task(earlier, generator())
+    fresh.load_state_dict(pool.state_dict())
+    fresh.task = task
+    for training in (True, False):
+        (layers, loss), (other_layers, other_loss) = (p.train(training)(query()) for p in (pool, fresh))
+        assert torch.equal(loss, other_loss)
+        for one, other in zip(tensors_of(layers), tensors_of(other_layers), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_images_do_not_influence_each_other(name):
+    pool = build(name).eval()
+    whole = tensors_of(pool(query())[0])
+    single = tensors_of(pool(query()[2:3])[0])
+    for one, other in zip(whole, single, strict=True):
+        torch.testing.assert_close(one.expand(BATCH, -1, -1)[2:3], other)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_loss_is_a_mean_over_images(name):
+    """The loss of a batch is the mean of those of its halves, so that devices may share a batch."""
+    pool = build(name).train().double()
+    asked = query().double()
+    halves = [pool(half)[1] for half in asked.chunk(2)]
+    torch.testing.assert_close(pool(asked)[1], sum(halves) / 2, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_usage_counts_entries_per_block(name):
+    pool = build(name).eval()
+    usage = pool.usage(query())
+    assert usage and all(re.fullmatch(r"block \d+", layer) for layer in usage)
+    for counts in usage.values():
+        assert counts.dim() == 1 and counts.isfinite().all()
+        halves = [pool.usage(half) for half in query().chunk(2)]
+        assert halves[0].keys() == usage.keys()
+    for layer, counts in usage.items():
+        torch.testing.assert_close(counts, sum(half[layer] for half in halves))
