@@ -30,7 +30,7 @@ def query(batch: int = BATCH, seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, 12, generator=torch.Generator().manual_seed(seed))
 
 
-def generator(seed: int = 9) -> torch.Generator:
+def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -83,7 +83,7 @@ def test_begin_task_changes_parameters_in_place(name):
     pool = build(name)
     before = {key: (id(value), value.data_ptr()) for key, value in pool.named_parameters()}
     for task in range(1, TASKS):
-        pool.begin_task(task, generator())
+        pool.begin_task(task, generator(task + 10))
         assert pool.task == task
     assert before == {key: (id(value), value.data_ptr()) for key, value in pool.named_parameters()}
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in pool.parameters())
@@ -104,7 +104,7 @@ def test_begin_task_depends_on_the_generator_alone(name):
 def test_state_round_trips(name, task):
     pool, fresh = build(name, seed=0), build(name, seed=1)
     for earlier in range(1, task + 1):
-        pool.begin_task(earlier, generator())
+        pool.begin_task(earlier, generator(earlier + 10))
     fresh.load_state_dict(pool.state_dict())
     fresh.task = task
     for training in (True, False):
