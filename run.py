@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,14 +20,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wants_help(argv):
         print(help_page(), end="")
         return 0
+    config = None
     try:
         config = load_checked_config(argv)
         from learners.experiment import run
 
         return run(config)  # loads torch, after all that can be refused without it
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"run.py: error: {problem}", file=sys.stderr)
+        # All of torchrun's processes on a machine find the same mistakes in the flags: one names them.
+        if config is not None or os.environ.get("LOCAL_RANK", "0") == "0":
+            for problem in error.problems:
+                print(f"run.py: error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

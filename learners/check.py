@@ -63,7 +63,7 @@ def check(config: Config, wrong: Collection[str] = ()) -> list[str]:
         asked = " and ".join(f"--{action}" for action in config.actions)
         problems.append(f"{asked} exclude each other: give one of them")
     if not {"gpuid", "device"} & set(wrong):
-        problems += _device_problems(config)
+        problems += _device_problems(config) + _process_problems(config)
     if not {"gpuid", "batch_size", "accumulate"} & set(wrong):
         problems += _batch_problems(config)
     problems += _path_problems(config)
@@ -206,6 +206,31 @@ def _device_problems(config: Config) -> list[str]:
     if missing:
         have = "only GPU 0" if count == 1 else f"only GPUs 0 to {count - 1}"
         return [f"{asked}: there is no GPU {missing} here, {have}"]
+    return []
+
+
+def _process_problems(config: Config) -> list[str]:
+    """What keeps this process of a torchrun group from its part."""
+    if "RANK" not in os.environ or config.action != "train":
+        return []
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        return [
+            f"RANK is set, but not {', '.join(missing)}: start the processes by torchrun (experiments/torchrun.sh),"
+            " or unset RANK to train in a single process"
+        ]
+    if config.device == "mps":
+        return ["--device mps works in a single process: leave torchrun out, or use --gpuid -1 for the CPU"]
+    if config.device == "cpu" or config.gpuid == (-1,):
+        return []
+    gpus = len(config.gpuid) if config.gpuid else cuda_devices()
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if gpus and processes.isdecimal() and int(processes) > gpus:
+        where = "of --gpuid" if config.gpuid else "on this machine"
+        return [
+            f"{processes} processes on this machine need a GPU each, but there are {gpus} {where}: start at most {gpus}"
+            " (torchrun --nproc_per_node), or use --gpuid -1 for the CPU"
+        ]
     return []
 
 
