@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from dataloaders.base import DataError
 from dataloaders.build import build_stream
 from dataloaders.loader import DataPipeline
 from dataloaders.tasks import TaskStream
-from learners.build import autocast_dtype, build_learner
+from learners.build import build_learner
 from learners.check import size_problems
 from learners.distillers import DISTILLERS
 from learners.distillers.base import DistillSettings
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 # Test images of one forward pass. Larger batches are no faster on a CPU and hold more memory on a GPU.
 EVAL_BATCH_SIZE = 128
+
+REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -88,7 +91,10 @@ def load_backbones(config: Config) -> dict[str, Backbone]:
     loaded: dict[tuple, Backbone] = {}
     for name, weights in wanted.values():
         if (name, weights) not in loaded:
-            loaded[name, weights] = load_backbone(name, weights=weights)
+            backbone = load_backbone(name, weights=weights)
+            if config.precision in REDUCED:
+                backbone.vit.reduce_precision(REDUCED[config.precision])
+            loaded[name, weights] = backbone
     return {role: loaded[key] for role, key in wanted.items()}
 
 
@@ -144,9 +150,15 @@ def make_learner(
         aux_loss_scale=config.aux_loss_scale,
         seed=config.seed,
         parallel=parallel,
-        autocast_dtype=autocast_dtype(config.precision),
         accumulate=config.accumulate,
+        compile_step=compiled if config.compile else None,
     )  # fmt: skip
+
+
+def compiled(step: nn.Module) -> nn.Module:
+    """The step under ``torch.compile``; what cannot be compiled runs as it is, with a warning."""
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(step)
 
 
 def _build_everywhere(config: Config, parallel: Parallel) -> Parts:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from learners.distillers import DISTILLERS
 from learners.distillers.base import DistillDims, Distiller, DistillSettings
 from learners.optim import OptimSettings
@@ -86,8 +84,3 @@ def build_learner(
     return PromptLearner(
         student, distiller, teacher, optim, aux_loss_scale=aux_loss_scale, seed=seed, parallel=parallel, **options
     )
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """dtype of the frozen backbones' arithmetic for ``--precision``; None for fp32 and tf32."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

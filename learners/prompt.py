@@ -33,7 +33,6 @@ class PromptLearner:
         aux_loss_scale: factor of prompt and feature losses.
         seed: seed of the run; CODA's growth draws from it.
         parallel: where steps run.
-        autocast_dtype: dtype of the backbones' arithmetic, or None for float32.
         accumulate: number of equal parts in which a batch passes through the step.
         compile_step: turns a step into a faster one with the same results (``torch.compile``).
     """
@@ -48,7 +47,6 @@ class PromptLearner:
         aux_loss_scale: float = 1.0,
         seed: int = 1,
         parallel: Parallel | None = None,
-        autocast_dtype: torch.dtype | None = None,
         accumulate: int = 1,
         compile_step: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
@@ -60,7 +58,7 @@ class PromptLearner:
         self.seed = seed
         self.accumulate = accumulate
         self.compile_step = compile_step or (lambda step: step)
-        self.step_options = {"aux_loss_scale": aux_loss_scale, "autocast_dtype": autocast_dtype}
+        self.aux_loss_scale = aux_loss_scale
 
     @property
     def query_vit(self) -> PromptedViT:
@@ -98,7 +96,7 @@ class PromptLearner:
         """
         if class_weights is not None:
             class_weights = class_weights.to(self.parallel.device)
-        options = self.step_options | {"class_weights": class_weights}
+        options = {"aux_loss_scale": self.aux_loss_scale, "class_weights": class_weights}
         if self.teacher is not None:
             for part in (self.teacher.prompt, self.teacher.last):
                 part.requires_grad_(phase == "teacher")
@@ -110,8 +108,7 @@ class PromptLearner:
 
     def eval_step(self) -> EvalStep:
         """Evaluation of both models in one pass; puts them into evaluation mode."""
-        dtype = self.step_options["autocast_dtype"]
-        return EvalStep(self.query_vit, self.student, self.distiller, self.teacher, autocast_dtype=dtype)
+        return EvalStep(self.query_vit, self.student, self.distiller, self.teacher)
 
     def evaluator(self) -> nn.Module:
         """The evaluation step as it is to be called, on this process's images."""
@@ -167,7 +164,7 @@ class Phase:
         self.accumulate = accumulate
         self.parameters = step.trained_parameters()
         self.optimizer = build_optimizer(self.parameters, optim)
-        half = step.autocast_dtype == torch.float16
+        half = step.query_vit.autocast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(parallel.device.type, enabled=half)
         self.step.train()
         self.run = parallel.wrap(compile_step(self.step))

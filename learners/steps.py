@@ -7,8 +7,6 @@ replicas, counts are summed.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +27,6 @@ class Step(nn.Module):
         aux_loss_scale: factor of prompt and feature losses; 2.0 reproduces the original on two GPUs, which
             sums these losses over its replicas.
         class_weights: a weight for each class [C] in the cross entropy, or None.
-        autocast_dtype: dtype of the frozen backbones' arithmetic, or None for float32 throughout.
     """
 
     def __init__(
@@ -38,12 +35,10 @@ class Step(nn.Module):
         *,
         aux_loss_scale: float = 1.0,
         class_weights: Tensor | None = None,
-        autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.query_vit = query_vit
         self.aux_loss_scale = aux_loss_scale
-        self.autocast_dtype = autocast_dtype
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -82,11 +77,10 @@ class TeacherStep(Step):
         Returns:
             ``loss`` (with gradient), its terms ``ce`` and ``prompt``, and ``correct``, [1] each.
         """
-        with autocast(images.device, self.autocast_dtype):
-            query, _ = make_query(self.query_vit, images)
-            with torch.no_grad():
-                tokens = self.teacher.vit.embed(images)
-            output = self.teacher(tokens, query)
+        query, _ = make_query(self.query_vit, images)
+        with torch.no_grad():
+            tokens = self.teacher.vit.embed(images)
+        output = self.teacher(tokens, query)
         terms = {
             "ce": task_cross_entropy(output.logits, targets, classes, self.class_weights),
             "prompt": self.aux_loss_scale * output.prompt_loss,
@@ -133,13 +127,12 @@ class StudentStep(Step):
 
         The terms are ``ce``, ``distill``, ``feature`` (where the method has them) and ``prompt``.
         """
-        with autocast(images.device, self.autocast_dtype):
-            query, tokens = make_query(self.query_vit, images)
-            teacher = self._teach(images, query)
-            inputs = self.distiller.student_inputs()
-            student = self.student(tokens, query, inputs, return_blocks=self.distiller.needs_blocks)
-            predicted = self.distiller.predict(student)
-            terms = self.distiller(student, teacher, targets, classes, self.class_weights)
+        query, tokens = make_query(self.query_vit, images)
+        teacher = self._teach(images, query)
+        inputs = self.distiller.student_inputs()
+        student = self.student(tokens, query, inputs, return_blocks=self.distiller.needs_blocks)
+        predicted = self.distiller.predict(student)
+        terms = self.distiller(student, teacher, targets, classes, self.class_weights)
         if "feature" in terms:
             terms["feature"] = self.aux_loss_scale * terms["feature"]
         terms["prompt"] = self.aux_loss_scale * student.prompt_loss
@@ -161,7 +154,6 @@ class EvalStep(nn.Module):
         student: in evaluation mode during the forward pass.
         distiller: turns the student's output into its answer.
         teacher: or None.
-        autocast_dtype: as in :class:`Step`.
     """
 
     def __init__(
@@ -170,26 +162,22 @@ class EvalStep(nn.Module):
         student: PromptedModel,
         distiller: Distiller,
         teacher: PromptedModel | None,
-        *,
-        autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.query_vit = query_vit
         self.student = student
         self.distiller = distiller
         self.teacher = teacher
-        self.autocast_dtype = autocast_dtype
         self.eval()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def logits(self, images: Tensor, seen: int) -> dict[str, Tensor]:
         """Logits [B, seen] of ``student`` and, where there is one, ``teacher``."""
-        with autocast(images.device, self.autocast_dtype):
-            query, tokens = make_query(self.query_vit, images)
-            output = self.student(tokens, query, self.distiller.student_inputs())
-            result = {"student": self.distiller.predict(output)}
-            if self.teacher is not None:
-                result["teacher"] = self.teacher(self.teacher.vit.embed(images), query).logits
+        query, tokens = make_query(self.query_vit, images)
+        output = self.student(tokens, query, self.distiller.student_inputs())
+        result = {"student": self.distiller.predict(output)}
+        if self.teacher is not None:
+            result["teacher"] = self.teacher(self.teacher.vit.embed(images), query).logits
         return {role: logits[:, :seen].float() for role, logits in result.items()}
 
     def forward(self, images: Tensor, targets: Tensor, seen: int) -> dict[str, Tensor]:
@@ -203,10 +191,3 @@ def make_query(vit: PromptedViT, images: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         tokens = vit.embed(images)
         return vit(tokens).cls, tokens
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Arithmetic of the frozen backbones in ``dtype`` (None: float32)."""
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)

@@ -112,19 +112,6 @@ def size_of(vit: PromptedViT) -> ViTSize:
     return ViTSize(vit.embed_dim, vit.depth, vit.num_heads, vit.image_size, patch, vit.num_tokens)
 
 
-def half_(vit: PromptedViT, dtype: torch.dtype) -> PromptedViT:
-    """Cast the weights of linear and convolution layers to ``dtype``, in place.
-
-    Under autocast to the same dtype the outputs stay the same: autocast would cast these weights at every
-    forward pass, since it keeps the casts of weights with gradients only. Without autocast the backbone is of
-    no use afterwards.
-    """
-    for module in vit.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(dtype)
-    return vit
-
-
 def _create(full: str, device: str) -> VisionTransformer:
     """A backbone without classifier; on ``"meta"`` it has shapes but no values."""
     with torch.device(device):

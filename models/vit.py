@@ -6,6 +6,7 @@ L blocks, P prompt length per key or value.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -71,6 +72,7 @@ class PromptedViT(nn.Module):
         super().__init__()
         check_supported(vit)
         self.vit = vit.eval().requires_grad_(False)
+        self.autocast_dtype: torch.dtype | None = None
         # timm moves the last norm behind the pooling for average-pooled models.
         self.final_norm = vit.norm if not isinstance(vit.norm, nn.Identity) else vit.fc_norm
 
@@ -96,14 +98,27 @@ class PromptedViT(nn.Module):
         """N: class token, registers and patches."""
         return self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
 
+    def reduce_precision(self, dtype: torch.dtype) -> PromptedViT:
+        """Compute in ``dtype`` (bfloat16 or float16) where autocast does so, in place; outputs stay float32.
+
+        The weights of linear and convolution layers are cast once: autocast would do so at every forward pass,
+        since it keeps the casts of weights with gradients only.
+        """
+        for module in self.vit.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(dtype)
+        self.autocast_dtype = dtype
+        return self
+
     def train(self, mode: bool = True) -> PromptedViT:
         """Stay in evaluation mode: the backbone is frozen (no dropout, no drop-path)."""
         return super().train(False)
 
     def embed(self, images: Tensor) -> Tensor:
         """Turn images [B, 3, H, W] in [0, 1] into the tokens [B, N, D] that enter block 0."""
-        tokens = self.vit._pos_embed(self.vit.patch_embed(images))
-        return self.vit.norm_pre(tokens)
+        with self._arithmetic(images.device):
+            tokens = self.vit._pos_embed(self.vit.patch_embed(images))
+            return self.vit.norm_pre(tokens)
 
     def forward(
         self,
@@ -122,6 +137,21 @@ class PromptedViT(nn.Module):
             return_blocks: also return every block's output. Without it, the last block computes queries,
                 projection and MLP of the class and extra tokens only, since nothing else is read.
         """
+        with self._arithmetic(tokens.device):
+            return self._run_blocks(tokens, prompts, extra_tokens, return_blocks)
+
+    def _arithmetic(self, device: torch.device) -> contextlib.AbstractContextManager:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast_dtype)
+
+    def _run_blocks(
+        self,
+        tokens: Tensor,
+        prompts: Sequence[LayerPrompt] | None,
+        extra_tokens: Tensor | None,
+        return_blocks: bool,
+    ) -> ViTOutput:
         batch, num_tokens, _ = tokens.shape
         if extra_tokens is not None:
             extra = extra_tokens.to(tokens.dtype).expand(batch, -1, -1)
@@ -137,6 +167,8 @@ class PromptedViT(nn.Module):
         if return_blocks:
             tokens = _read_rows(tokens, num_tokens)
         normed = self.final_norm(tokens)  # [B, 1 + T, D]
+        if self.autocast_dtype is not None:
+            normed = normed.float()
         return ViTOutput(normed[:, 0], normed[:, 1:], tuple(blocks))
 
 

@@ -10,7 +10,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from models import mini_vit
-from models.backbones import half_
 from models.vit import KV, LayerPrompt, PromptedViT, UnsupportedBackboneError, split_prompt
 
 SMALL = {"embed_dim": 48, "num_heads": 3, "depth": 2}
@@ -181,7 +180,7 @@ def test_half_changes_no_output_under_autocast(name):
     for _ in range(2):
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             outputs.append(vit(vit.embed(batch), prompts).cls)
-        half_(vit, torch.bfloat16)
+        vit.reduce_precision(torch.bfloat16)
     assert torch.equal(*outputs)
     assert vit.vit.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
     assert vit.vit.blocks[0].norm1.weight.dtype == vit.vit.pos_embed.dtype == torch.float32
