@@ -131,8 +131,8 @@ def test_batch_divides_over_gpus_processes_and_parts(monkeypatch):
     assert "by the 3 GPUs of --gpuid: use 63 or 66" in problem_of(gpuid=(0, 1, 2), batch_size=64)
     assert "use for example 4" in problem_of(batch_size=64, accumulate=7)
     assert "32 images of a batch on each of 2 GPUs" in problem_of(gpuid=(0, 1), batch_size=64, accumulate=64)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "5")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "5"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     assert "by the 5 processes: use 60 or 65" in problem_of(batch_size=64)
     assert "by the 5 processes: use 5" in problem_of(batch_size=3)
 
