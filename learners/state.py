@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,18 +23,36 @@ _TENSOR = "tensor:"  # marks the description of a tensor
 _ITEMS = "items:"  # marks a mapping whose keys are not all strings, as JSON demands
 
 
+class Described(NamedTuple):
+    """A part of a state that does not change for a while: what :func:`describe` has made of it.
+
+    Attributes:
+        tree: plain data, with descriptions in the place of tensors.
+        rows: the bytes of their rows, in the order in which the tree mentions them.
+    """
+
+    tree: Any
+    rows: list[bytes]
+
+
+def describe(tree: Any, base: Any = None) -> Described:
+    """A part of a state, ready to be a node of what :func:`pack` is given; see there."""
+    rows: list[bytes] = []
+    return Described(_describe(tree, base, rows, ""), rows)
+
+
 def pack(tree: Any, base: Any = None) -> bytes:
     """Nested dicts and lists of tensors, numbers and strings as bytes (tuples come back as lists).
 
     Args:
-        tree: what to save.
+        tree: what to save; may contain :class:`Described` parts.
         base: nested in the same way; tensors that it lacks count as zero.
 
     Raises:
-        ValueError: a tensor and its base differ in type or shape.
+        ValueError: a tensor is not finite where it differs from its base; or they differ in type or shape.
     """
-    rows: list[bytes] = []
-    text = json.dumps(_describe(tree, base, rows)).encode()
+    tree, rows = describe(tree, base)
+    text = json.dumps(tree).encode()
     return b"".join([len(text).to_bytes(8, "little"), text, *rows])
 
 
@@ -60,25 +78,31 @@ def copy_to_cpu(tree: Any) -> Any:
     return tree
 
 
-def _describe(tree: Any, base: Any, rows: list[bytes]) -> Any:
+def _describe(tree: Any, base: Any, rows: list[bytes], path: str) -> Any:
     """``tree`` as JSON writes it, with a description in the place of each tensor, whose bytes go to ``rows``."""
     if isinstance(tree, Tensor):
-        return {_TENSOR: _describe_tensor(tree, base, rows)}
+        return {_TENSOR: _describe_tensor(tree, base, rows, path)}
+    if isinstance(tree, Described):
+        rows += tree.rows
+        return tree.tree
     if isinstance(tree, dict):
-        items = {key: _describe(item, _child(base, key), rows) for key, item in tree.items()}
+        items = {key: _describe(item, _child(base, key), rows, f"{path} {key}") for key, item in tree.items()}
         return items if all(type(key) is str for key in items) else {_ITEMS: list(items.items())}
     if isinstance(tree, list | tuple):
-        return [_describe(item, _child(base, index), rows) for index, item in enumerate(tree)]
+        return [_describe(item, _child(base, index), rows, f"{path} {index}") for index, item in enumerate(tree)]
     return tree
 
 
-def _describe_tensor(tensor: Tensor, base: Tensor | None, rows: list[bytes]) -> dict[str, Any]:
+def _describe_tensor(tensor: Tensor, base: Tensor | None, rows: list[bytes], path: str) -> dict[str, Any]:
     if base is not None and (base.dtype, base.shape) != (tensor.dtype, tensor.shape):
-        raise ValueError("a tensor changed its type or shape since the base")
+        raise ValueError(f"{path.strip()} changed its type or shape since the base")
     values = _rows(tensor)
     differing = np.flatnonzero((values != (0 if base is None else _rows(base))).any(1))
     whole = len(differing) == len(values)
-    rows.append((values if whole else values[differing]).tobytes())
+    values = values if whole else values[differing]
+    if tensor.dtype == torch.float32 and not np.isfinite(values.view(np.float32)).all():
+        raise ValueError(f"{path.strip()} is not finite")
+    rows.append(values.tobytes())
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from learners.meter import LossMeter, NonFiniteError, TrainingError
 from learners.prompt import Phase, PromptLearner
 from learners.record import RunRecord
 from learners.signals import Signals, StoppedError
-from learners.state import copy_to_cpu, pack, unpack, unpack_plain
+from learners.state import Described, copy_to_cpu, describe, pack, unpack, unpack_plain
 from utils.checkpoint import RunFolder, from_bytes, to_bytes
 from utils.logging import Progress
 from utils.parallel import Parallel
@@ -51,6 +52,7 @@ class Trainer:
 
     A state is saved after every epoch. It holds what changed since the task began (see ``learners.state``), so a
     resume begins the task again, from the models saved after the task before it, and then takes the state over.
+    While a state is being written the next epoch is already under way.
 
     Args:
         learner: teacher, student and their phases.
@@ -103,6 +105,10 @@ class Trainer:
         self.on_epoch = on_epoch
         self.record = RunRecord()
         self._task_start: dict[str, Any] = {}
+        self._models: dict[str, dict[str, Tensor]] = {}
+        self._saved_models: dict[str, dict[str, Tensor] | Described] = {}
+        self._writer = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
 
     def run(self) -> RunRecord:
         """Learn what is left of the run.
@@ -113,6 +119,12 @@ class Trainer:
             NonFiniteError: a loss, a gradient or a parameter is not finite; the last good state stays.
             RunFolderError: a file cannot be written; the last good state stays.
         """
+        with self._writer:
+            self._run()
+            self._wait_until_written()
+        return self.record
+
+    def _run(self) -> None:
         saved = self._read_state()
         position = self._resume(*saved) if saved else Position()
         while position.task < self.num_tasks:
@@ -124,7 +136,6 @@ class Trainer:
                     self.learner.load_state(role, tensors)
             self._run_task(position, state)
             position, saved = Position(position.task + 1), None
-        return self.record
 
     def _read_state(self) -> tuple[bytes, dict[str, bytes]] | None:
         """The newest state, and the models from which its task began; the first process reads for all."""
@@ -165,10 +176,9 @@ class Trainer:
             self.learner.begin_task(task)
         except ValueError as error:
             raise TrainingError(f"task {task + 1} cannot begin: {error} The last good state is kept.") from error
-        self._task_start = {"models": copy_to_cpu(self._models())}
-
-    def _models(self) -> dict[str, dict[str, Tensor]]:
-        return {role: self.learner.state(role) for role in self.learner.phases}
+        self._models = {role: self.learner.state(role) for role in self.learner.phases}  # change as training goes on
+        self._saved_models = self._models
+        self._task_start = {"models": copy_to_cpu(self._models)}
 
     def _run_task(self, position: Position, state: dict[str, Any] | None) -> None:
         task, phases = position.task, self.learner.phases
@@ -181,6 +191,11 @@ class Trainer:
     def _run_phase(self, start: Position, name: str, state: dict[str, Any] | None) -> None:
         """Train one model from ``start`` (with the optimizer of ``state``) to its last epoch."""
         task = start.task
+        # What the phase does not train is compared with the task's start once, not after each epoch.
+        self._saved_models = {
+            role: tensors if role == name else describe(tensors, self._task_start["models"][role])
+            for role, tensors in self._models.items()
+        }
         weights = torch.from_numpy(self.stream.class_weights(task)) if self.class_weighting else None
         phase = self.learner.begin_phase(name, self._competing(task), weights)
         if state is not None:
@@ -242,6 +257,7 @@ class Trainer:
         self._save(position, phase, meter)
         self.signals.save = False
         if asked[0]:
+            self._wait_until_written()
             raise StoppedError(stop or 15)
 
     def _save(
@@ -252,19 +268,31 @@ class Trainer:
         files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Commit what is to be done next and all that it takes, and ``files`` with it."""
-        models = {} if position.starts_task else self._models()
-        _require_finite(models)
-        if self.folder is None:
-            return
         state = {
             "position": asdict(position),
             "record": self.record.state(),
             "meter": meter.state() if meter is not None else None,
             "phase": phase.state() if phase is not None else None,
-            "models": models,
+            "models": {} if position.starts_task else self._saved_models,
         }
-        needs = self._models_before(position.task).values()
-        self.folder.commit_state(pack(state, self._task_start), needs, files)
+        try:
+            data = pack(state, self._task_start)
+        except ValueError as error:
+            raise NonFiniteError(f"after the last step: {error}") from error
+        if self.folder is not None:
+            self._wait_until_written()
+            needs = self._models_before(position.task).values()
+            self._written = self._writer.submit(self.folder.commit_state, data, needs, files)
+
+    def _wait_until_written(self) -> None:
+        """Wait for the last save.
+
+        Raises:
+            RunFolderError: it failed.
+        """
+        if self._written is not None:
+            self._written.result()
+            self._written = None
 
     def _competing(self, task: int) -> ClassRange:
         """Columns that compete in the losses: the task's classes, with replay all classes seen."""
@@ -350,16 +378,3 @@ def model_file(role: str, task: int) -> str:
 def model_files(learner: PromptLearner, task: int) -> dict[str, bytes]:
     """The trained parts after ``task``."""
     return {model_file(role, task): to_bytes(copy_to_cpu(learner.state(role))) for role in learner.phases}
-
-
-def _require_finite(models: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Refuse to save a model that has gone wrong since its loss was last looked at.
-
-    Raises:
-        NonFiniteError: naming the tensor.
-    """
-    named = {f"{role}'s {name}": tensor for role, state in models.items() for name, tensor in state.items()}
-    if named and not torch.stack([tensor.sum() for tensor in named.values()]).isfinite().all():
-        for name, tensor in named.items():
-            if not tensor.isfinite().all():
-                raise NonFiniteError(f"after the last step: the {name} is not finite")
