@@ -1,0 +1,220 @@
+"""The KD methods by hand; see test_contract.py for what they share."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dataloaders.tasks import ClassRange
+from learners.distillers.base import DistillDims, DistillSettings, kd_loss
+from learners.distillers.dkd import DKD, dkd_loss
+from learners.distillers.fitnets import FitNets
+from learners.distillers.kd_token import KDToken
+from learners.distillers.none import NoDistillation
+from learners.distillers.reviewkd import Fusion, ReviewKD
+from models.prompted_model import ModelOutput
+
+DIMS = DistillDims(student_dim=4, teacher_dim=6, student_depth=2, teacher_depth=3, num_classes=5)
+ALL = ClassRange(0, 5)
+
+
+def settings(alpha: float = 0.5, layers: int = 2) -> DistillSettings:
+    return DistillSettings(alpha, 2.0, prompt_layers=layers, prompt_length=4)
+
+
+def output(dim: int = 4, depth: int = 2) -> ModelOutput:
+    blocks = tuple(torch.randn(3, 5, dim) for _ in range(depth))
+    return ModelOutput(torch.randn(3, 5), torch.randn(3, 1, dim), blocks, torch.zeros(()))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# DKD
+
+
+def dkd_by_probabilities(student, teacher, target, alpha, beta, temperature):
+    """The paper's definition, image by image."""
+    total = 0.0
+    for s, t, y in zip(student, teacher, target, strict=True):
+        p, q = (torch.softmax(x.double() / temperature, 0) for x in (t, s))
+        others = [i for i in range(len(s)) if i != y]
+        tckd = p[y] * (p[y] / q[y]).log() + (1 - p[y]) * ((1 - p[y]) / (1 - q[y])).log()
+        p_others, q_others = p[others] / (1 - p[y]), q[others] / (1 - q[y])
+        total += alpha * tckd + beta * (p_others * (p_others / q_others).log()).sum()
+    return total * temperature**2 / len(target)
+
+
+def test_dkd_is_its_definition():
+    student, teacher, target = 3 * torch.randn(4, 5), 3 * torch.randn(4, 5), torch.tensor([0, 4, 2, 2])
+    for weights in ((1.0, 4.0), (1.0, 0.0), (0.0, 1.0)):
+        loss = dkd_loss(student, teacher, target, alpha=weights[0], beta=weights[1], temperature=4.0)
+        expected = dkd_by_probabilities(student, teacher, target, *weights, 4.0)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dkd_by_hand():
+    """Target part alone: teacher gives the target 1/2, the student 1/3, at temperature 1."""
+    teacher = torch.tensor([[math.log(2.0), 0.0, 0.0]])
+    loss = dkd_loss(torch.zeros(1, 3), teacher, torch.tensor([0]), alpha=1.0, beta=4.0, temperature=1.0)
+    expected = 0.5 * math.log(3 / 2) + 0.5 * math.log(3 / 4)  # the non-target parts agree: nothing more
+    torch.testing.assert_close(loss, torch.tensor(expected))
+
+
+def test_dkd_stays_finite_where_a_probability_vanishes():
+    student = torch.tensor([[500.0, 0.0, -500.0]], requires_grad=True)
+    loss = dkd_loss(student, -student.detach(), torch.tensor([0]), alpha=1.0, beta=4.0, temperature=4.0)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all()
+
+
+def test_dkd_of_a_single_class_is_nothing():
+    student = torch.randn(2, 1, requires_grad=True)
+    loss = dkd_loss(student, torch.randn(2, 1), torch.tensor([0, 0]), alpha=1.0, beta=4.0, temperature=4.0)
+    loss.backward()
+    assert loss == 0 and not student.grad.any()
+
+
+def test_dkd_has_a_temperature_of_its_own():
+    student, teacher, targets = output(), output(6, 3), torch.tensor([0, 1, 2])
+    losses = [
+        DKD(settings()._replace(temperature=temperature), DIMS)(student, teacher, targets, ALL)["distill"]
+        for temperature in (1.0, 2.0)
+    ]
+    assert losses[0] == losses[1]
+
+
+# FitNets
+
+
+def test_fitnets_by_hand():
+    """A projection to 0.5 everywhere, a teacher of 1.5: MSE 1, weight 0.1, tokens and channels averaged."""
+    distiller = FitNets(settings(), DIMS)
+    with torch.no_grad():
+        distiller.project_t_s.proj.weight.zero_()
+        distiller.project_t_s.proj.bias.fill_(0.5)
+    teacher = output(6, 3)
+    teacher.blocks[-1].fill_(1.5)
+    terms = distiller(output(), teacher, torch.tensor([0, 1, 2]), ALL)
+    torch.testing.assert_close(terms["feature"], torch.tensor(0.1))
+
+
+def test_fitnets_vanishes_for_equal_features():
+    distiller = FitNets(settings(), DIMS)
+    student, teacher = output(), output(6, 3)
+    features = distiller.project_t_s(student.blocks[-1]).detach()
+    teacher = teacher._replace(blocks=(*teacher.blocks[:-1], features))
+    assert distiller(student, teacher, torch.tensor([0, 1, 2]), ALL)["feature"] == 0
+
+
+# ReviewKD
+
+
+def test_fusion_by_hand():
+    fusion = Fusion(4, 6, deepest=False).double()
+    tokens, deeper = torch.randn(2, 5, 4).double(), torch.randn(2, 5, 4).double()
+
+    def normalise(x, norm):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+    x = normalise(tokens @ fusion.proj1.weight.T + fusion.proj1.bias, fusion.norm1)
+    z = [normalise(part @ fusion.projz.weight.T + fusion.projz.bias, fusion.normz) for part in (x, deeper)]
+    x = normalise(x * z[0] + deeper * z[1], fusion.norm2)
+    feature, handed_on = fusion(tokens, deeper)
+    torch.testing.assert_close(handed_on, x)
+    torch.testing.assert_close(feature, x @ fusion.proj2.weight.T + fusion.proj2.bias)
+
+
+def test_reviewkd_by_hand():
+    """Features of 0.5 everywhere against a teacher of 1.5 and 2.5 in its last blocks: 0.2 * (1 + 4) / 2."""
+    distiller = ReviewKD(settings(), DIMS)
+    with torch.no_grad():
+        for fusion in distiller.ReviewKD_layers.abfs:
+            fusion.proj2.weight.zero_()
+            fusion.proj2.bias.fill_(0.5)
+    teacher = output(6, 3)
+    for block, value in zip(teacher.blocks, (100.0, 1.5, 2.5), strict=True):
+        block.fill_(value)
+    terms = distiller(output(), teacher, torch.tensor([0, 1, 2]), ALL)
+    torch.testing.assert_close(terms["feature"], torch.tensor(0.5))
+
+
+def test_reviewkd_vanishes_for_equal_features():
+    distiller = ReviewKD(settings(), DIMS)
+    student = output()
+    features = [feature.detach() for feature in distiller.ReviewKD_layers(student.blocks)]
+    teacher = output(6, 3)._replace(blocks=(torch.randn(3, 5, 6), *features))
+    assert distiller(student, teacher, torch.tensor([0, 1, 2]), ALL)["feature"] == 0
+
+
+def test_reviewkd_fuses_from_the_deepest_block_on():
+    """The deepest feature depends on the last block alone, the shallow one on both."""
+    chain = ReviewKD(settings(), DIMS).ReviewKD_layers
+    first, last = torch.randn(1, 5, 4), torch.randn(1, 5, 4)
+    shallow, deep = chain((first, last))
+    other_shallow, other_deep = chain((torch.randn(1, 5, 4), last))
+    assert torch.equal(deep, other_deep) and not torch.equal(shallow, other_shallow)
+    assert not hasattr(chain.abfs[0], "projz") and hasattr(chain.abfs[1], "projz")
+    assert not torch.equal(chain((first, torch.randn(1, 5, 4)))[0], shallow)
+
+
+def test_reviewkd_needs_a_teacher_as_deep_as_the_student():
+    with pytest.raises(ValueError, match="compares 2 student blocks with as many of the teacher, which has 1"):
+        ReviewKD(settings(), DIMS._replace(teacher_depth=1))
+
+
+# KD_Token
+
+
+def test_kd_token_distills_its_own_head():
+    distiller = KDToken(settings(), DIMS)
+    student, teacher, targets = output(), output(6, 3), torch.tensor([0, 1, 2])
+    kd_logits = distiller.kd_last(student.extra[:, 0])
+    terms = distiller(student, teacher, targets, ALL)
+    torch.testing.assert_close(terms["distill"], 0.5 * kd_loss(kd_logits, teacher.logits, temperature=2.0))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_kd_token_mixes_both_heads_in_its_answer(alpha):
+    distiller = KDToken(settings(alpha), DIMS)
+    with torch.no_grad():
+        distiller.kd_last.weight.zero_()
+        distiller.kd_last.bias.fill_(3.0)
+    student = output()._replace(logits=torch.ones(3, 5))
+    torch.testing.assert_close(distiller.predict(student), torch.full((3, 5), (1 - alpha) + 3 * alpha))
+
+
+def test_kd_prompts_sit_on_blocks_one_and_up():
+    distiller = KDToken(settings(layers=3), DIMS._replace(student_depth=5))
+    suffixes, extra_tokens = distiller.student_inputs()
+    assert [suffix is not None for suffix in suffixes] == [False, True, True, False, False]
+    assert extra_tokens is distiller.kd_prompt.kd_p_0
+    prompt = distiller.kd_prompt.kd_p_1
+    assert torch.equal(suffixes[1].key[0], prompt[:2]) and torch.equal(suffixes[1].value[0], prompt[2:])
+    assert all(0 <= p.min() < p.max() < 1 for p in distiller.kd_prompt.parameters())
+
+
+def test_one_layer_is_deits_token_alone():
+    distiller = KDToken(settings(layers=1), DIMS)
+    assert set(distiller.state_dict()) == {"kd_prompt.kd_p_0", "kd_last.weight", "kd_last.bias"}
+    assert distiller.student_inputs().suffixes == [None, None]
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_layers_must_fit_the_student(layers):
+    with pytest.raises(ValueError, match=f"KD prompts on {layers} blocks do not fit a student of 2 blocks"):
+        KDToken(settings(layers=layers), DIMS)
+
+
+# none
+
+
+def test_without_distillation_cross_entropy_counts_fully():
+    student, targets = output(), torch.tensor([0, 1, 2])
+    terms = NoDistillation(settings(alpha=0.9), DIMS)(student, None, targets, ALL)
+    assert terms.keys() == {"ce"}
+    torch.testing.assert_close(terms["ce"], torch.nn.functional.cross_entropy(student.logits, targets))
