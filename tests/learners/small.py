@@ -44,19 +44,26 @@ def learner(
     student_depth: int = 2,
     alpha: float = 0.5,
     dtype: torch.dtype = torch.float32,
+    reduced: torch.dtype | None = None,
     optim: OptimSettings | None = None,
     aux_loss_scale: float = 1.0,
     seed: int = 1,
     **options,
 ) -> PromptLearner:
-    """Teacher of width 24 and student of width 16; the pool has the size of PROMPT_PARAM unless given."""
+    """Teacher of width 24 and student of width 16; the pool has the size of PROMPT_PARAM unless given.
+
+    ``reduced`` is the precision of the backbones' arithmetic.
+    """
+    vits = [vit(dim=24, depth=teacher_depth, seed=1), vit(depth=student_depth, seed=2)]
+    if reduced is not None:
+        vits = [one.reduce_precision(reduced) for one in vits]
     built = build_learner(
         learner_name=learner_name,
         prompt_param=prompt_param or PROMPT_PARAM.get(learner_name, PROMPTS[learner_name].paper),
         kd_method=kd_method,
         distill=DistillSettings(alpha, 2.0, prompt_layers=student_depth, prompt_length=4),
-        teacher_vit=vit(dim=24, depth=teacher_depth, seed=1),
-        student_vit=vit(depth=student_depth, seed=2),
+        teacher_vit=vits[0],
+        student_vit=vits[1],
         num_classes=CLASSES,
         num_tasks=TASKS,
         optim=optim or OptimSettings(lr=0.01, schedule=(2,)),
@@ -65,9 +72,10 @@ def learner(
         parallel=SingleDevice(torch.device("cpu")),
         **options,
     )
-    for module in (built.student, built.distiller, built.teacher):
-        if module is not None:
-            module.to(dtype)
+    if dtype != torch.float32:
+        for module in (built.student, built.distiller, built.teacher):
+            if module is not None:
+                module.to(dtype)
     return built
 
 

@@ -1,0 +1,79 @@
+"""Optimizers and the schedules of the paper's configurations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from learners.optim import OptimSettings, build_optimizer, learning_rate, set_learning_rate
+
+
+def parameter() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("Adam", torch.optim.Adam, {"betas": (0.8, 0.999), "weight_decay": 0.1, "amsgrad": False}),
+        ("amsgrad", torch.optim.Adam, {"betas": (0.8, 0.999), "weight_decay": 0.1, "amsgrad": True}),
+        ("SGD", torch.optim.SGD, {"momentum": 0.8, "weight_decay": 0.1}),
+        ("RMSprop", torch.optim.RMSprop, {"momentum": 0.8, "weight_decay": 0.1}),
+        ("Rprop", torch.optim.Rprop, {}),
+    ],
+)
+def test_optimizers(name, kind, expected):
+    optimizer = build_optimizer([parameter()], OptimSettings(name, lr=0.01, momentum=0.8, weight_decay=0.1))
+    assert type(optimizer) is kind
+    group = optimizer.param_groups[0]
+    assert group["lr"] == 0.01
+    assert {key: group[key] for key in expected} == expected
+
+
+def test_unknown_optimizer():
+    with pytest.raises(ValueError, match="unknown optimizer 'AdamW'; use Adam"):
+        build_optimizer([parameter()], OptimSettings("AdamW"))
+
+
+def test_adam_by_hand():
+    """The first step is lr in the direction of the gradient's sign, whatever its size."""
+    one = parameter()
+    optimizer = build_optimizer([one], OptimSettings(lr=0.01))
+    one.grad = torch.tensor([1e-3, -5.0, 0.0])
+    optimizer.step()
+    torch.testing.assert_close(one.detach(), torch.tensor([0.99, 1.01, 1.0]))
+
+
+def test_cosine_with_the_originals_lag():
+    """Epochs 0 and 1 run at lr; the last of K at lr * cos(99 pi (K - 2) / (200 (K - 1)))."""
+    settings = OptimSettings(lr=1.0, schedule=(20,))
+    rates = [learning_rate(settings, epoch) for epoch in range(settings.epochs)]
+    assert rates[0] == rates[1] == 1.0
+    for epoch in range(2, 20):
+        assert rates[epoch] == pytest.approx(math.cos(99 * math.pi * (epoch - 1) / (200 * 19)))
+    assert rates[19] == pytest.approx(0.0974, abs=1e-4)
+    assert all(a > b for a, b in zip(rates[1:], rates[2:], strict=False))
+
+
+@pytest.mark.parametrize("schedule", [(1,), (2,)])
+def test_short_schedules(schedule):
+    settings = OptimSettings(lr=0.5, schedule=schedule)
+    assert [learning_rate(settings, epoch) for epoch in range(settings.epochs)] == [0.5] * schedule[0]
+
+
+def test_decay_is_multi_step():
+    settings = OptimSettings(lr=1.0, schedule_type="decay", schedule=(2, 4, 6))
+    optimizer = torch.optim.SGD([parameter()], lr=1.0)
+    reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4, 6], gamma=0.1)
+    for epoch in range(settings.epochs):
+        assert learning_rate(settings, epoch) == pytest.approx(reference.get_last_lr()[0])
+        optimizer.step()
+        reference.step()
+
+
+def test_learning_rate_is_set_in_every_group():
+    optimizer = torch.optim.SGD([{"params": [parameter()]}, {"params": [parameter()], "lr": 3.0}], lr=1.0)
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
