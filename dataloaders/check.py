@@ -56,7 +56,7 @@ def _bad_images(parts: Sequence[Images], threads: int, progress: bool) -> list[s
     total = sum(len(part.used) for part in parts)
     with (
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=total, desc="reading images", unit="image", disable=not progress, leave=False) as bar,
+        tqdm(total=total, desc="reading images", unit="image", disable=None if progress else True, leave=False) as bar,
     ):
         for part in parts:
             readable = pool.map(partial(_readable, part.store), part.used)
