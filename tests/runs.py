@@ -1,0 +1,118 @@
+"""Whole runs of ``run.py`` that take a second: two tasks of two classes, small images, small random ViTs."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import run
+
+CONFIG = """
+dataset: ImageFolder
+dataroot: {root}/images
+first_split_size: 2
+other_split_size: 2
+crop_scale: [0.5, 1.0]
+workers: 0
+schedule: [2]
+batch_size: 4
+lr: 0.01
+t_model: mini_vit_small
+s_model: mini_vit_small
+t_weights: {root}/teacher.pth
+s_weights: {root}/student.pth
+kd_prompt_param: [2, 4]
+prompt_param: [5, 4, 1]
+no_progress: true
+gpuid: -1
+"""
+CLASSES, TRAIN_IMAGES, TEST_IMAGES = 4, 7, 3  # of each class; with batches of 4 an epoch has 3 steps
+
+# Times, and what only tells how a run went: all other files must be equal when results are.
+NOT_RESULTS = ("Results/timing.json", "output.log", "manifest.json")
+
+
+def make(root: Path) -> Path:
+    """Data, weights and configuration of small runs in ``root``; returns the configuration."""
+    import torch
+
+    from models.backbones import load_backbone
+
+    random = np.random.default_rng(0)
+    for part, number in (("train", TRAIN_IMAGES), ("val", TEST_IMAGES)):
+        for label in range(CLASSES):
+            folder = root / "images" / part / f"class {label}"
+            folder.mkdir(parents=True)
+            for index in range(number):
+                pixels = random.integers(0, 150, (16, 16, 3), dtype=np.uint8)
+                pixels[:, :, label % 3] += np.uint8(60 + 20 * (label // 3))
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    for seed, role in enumerate(("teacher", "student")):
+        torch.manual_seed(seed)
+        vit = load_backbone("mini_vit_small", pretrained=False).vit.vit
+        torch.save(vit.state_dict(), root / f"{role}.pth")
+    config = root / "small.yaml"
+    config.write_text(CONFIG.format(root=root))
+    return config
+
+
+def arguments(config: Path, log_dir: Path | str, *more: object) -> list[str]:
+    """A command line."""
+    return [str(word) for word in ("--config", config, "--log_dir", log_dir, *more)]
+
+
+def results(log_dir: Path) -> dict[str, str]:
+    """SHA-256 of every file that must not depend on how a run went; ``args.yaml`` without the folder's name."""
+    content = {}
+    for path in sorted(log_dir.rglob("*")):
+        name = path.relative_to(log_dir).as_posix()
+        if path.is_file() and name not in NOT_RESULTS and not name.startswith("state/"):
+            data = path.read_bytes()
+            if name == "args.yaml":
+                data = b"".join(line for line in data.splitlines(True) if not line.startswith(b"log_dir:"))
+            content[name] = hashlib.sha256(data).hexdigest()
+    return content
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Everything in a folder, to see that nothing has changed; None for folders."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["learners.assemble", "learners.trainer", "tests.learners.small"])
+
+
+def start(argv: Sequence[str], output: Path, folder: Path | None = None) -> multiprocessing.Process:
+    """Start ``run.py`` as a process of its own; a fork of a process that has loaded torch, so within a moment.
+
+    Args:
+        argv: the command line.
+        output: file that standard output and error are appended to.
+        folder: working directory.
+    """
+    process = _CONTEXT.Process(target=_run, args=(list(argv), str(output), str(folder) if folder else None))
+    process.start()
+    return process
+
+
+def _run(argv: list[str], output: str, folder: str | None) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    if folder:
+        os.chdir(folder)
+    code = run.main(argv)
+    sys.stdout.flush()
+    # As the interpreter would end, without the tests' own handlers of its end.
+    sys.exit(code)
