@@ -3,7 +3,7 @@
     python dataloaders/data/emoji_r/build.py --node_modules DIR --out DIR --base base.npz
     python -m models.pretrain_mini_vit --base base.npz --model mini_vit_small --epochs 80 --out runs/small
     python -m models.pretrain_mini_vit --base base.npz --model mini_vit_base --epochs 44 --out runs/base
-    python -m models.pretrain_mini_vit --base base.npz --model mini_vit_base --epochs 36 --out runs/base2 \
+    python -m models.pretrain_mini_vit --base base.npz --model mini_vit_base --epochs 30 --out runs/base2 \
         --init runs/base/checkpoint.pt
     python -m models.pretrain_mini_vit --probe
 
@@ -245,11 +245,28 @@ def write_atomically(path: Path, write) -> None:
     os.replace(temporary, path)
 
 
-def export(name: str, state: dict[str, Tensor], path: Path) -> None:
-    """Save a backbone's state dict (BatchNorm in the stem) folded and as fp16."""
+@torch.no_grad()
+def standardise_features(model: nn.Module, images: Tensor) -> None:
+    """Fold mean and spread of the CLS features over ``images`` [n, 3, 64, 64] into the final norm, in place.
+
+    Pre-training sees features through a BatchNorm, so their common offset is free to grow until all images have
+    nearly the same direction (mean cosine 0.95 to 0.99 here), which leaves nothing to a prompt pool that
+    selects by the cosine of the query.
+    """
+    features = extract(model, images)
+    mean, spread = features.mean(0), features.std(0)
+    model.norm.weight.div_(spread)
+    model.norm.bias.sub_(mean).div_(spread)
+
+
+def export(name: str, state: dict[str, Tensor], path: Path, images: Tensor | None = None) -> None:
+    """Save a backbone's state dict, BatchNorm in the stem folded, features standardised over ``images``, as fp16."""
     model = MODELS[name](norm=True)
     model.load_state_dict(state)
-    halves = {key: value.half().contiguous() for key, value in fold_batchnorm(model).state_dict().items()}
+    fold_batchnorm(model)
+    if images is not None:
+        standardise_features(model, images)
+    halves = {key: value.half().contiguous() for key, value in model.state_dict().items()}
     write_atomically(path, lambda temporary: save_file(halves, temporary))
 
 
@@ -304,7 +321,7 @@ def train(args) -> None:
                     for part in (held_train, held_test)]
         LOG.info("epoch %3d: %6.0f s, loss %.3f, accuracy %.1f, held-out classes %.1f", epoch + 1, seconds,
                  result["loss"], result["accuracy"], nearest_mean(*held_out))
-    export(args.model, model.backbone.state_dict(), args.out / f"{args.model}.safetensors")
+    export(args.model, model.backbone.state_dict(), args.out / f"{args.model}.safetensors", on_white(data.images))
 
 
 def probe() -> None:
