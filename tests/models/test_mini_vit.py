@@ -1,0 +1,146 @@
+"""mini_vit_*: the stem, its folding, and shipped weights that are worth more than raw pixels."""
+
+import hashlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from models.mini_vit import (
+    WEIGHTS_DIR,
+    ConvStem,
+    fold_batchnorm,
+    mini_vit_base,
+    mini_vit_small,
+    weights_path,
+)
+from models.pretrain_mini_vit import (
+    Data,
+    PairSampler,
+    Pretrainer,
+    augment,
+    export,
+    extract,
+    load_novel,
+    nearest_mean,
+    on_white,
+    schedule,
+)
+
+BUILDERS = {"mini_vit_base": mini_vit_base, "mini_vit_small": mini_vit_small}
+SHAPES = {"mini_vit_base": (192, 6, 3), "mini_vit_small": (96, 4, 3)}
+
+
+def with_random_norms(model):
+    """Give the stem's BatchNorm statistics that are not those of a new one."""
+    for module in model.patch_embed.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.normal_(module.weight)
+            torch.nn.init.normal_(module.bias)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def novel():
+    """Training and test images of the first 80 novel classes."""
+    parts = load_novel("train"), load_novel("test")
+    return [Data(part.images[part.labels < 80], part.labels[part.labels < 80]) for part in parts]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_shapes(name):
+    width, depth, heads = SHAPES[name]
+    model = BUILDERS[name]().eval()
+    assert (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads) == (width, depth, heads)
+    assert model.patch_embed.grid_size == (4, 4)
+    with torch.no_grad():
+        assert model.forward_features(torch.rand(2, 3, 64, 64)).shape == (2, 17, width)
+
+
+def test_stem_rejects_a_patch_size_that_is_no_power_of_two():
+    with pytest.raises(ValueError, match="power of two"):
+        ConvStem(img_size=60, patch_size=12)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_folding_changes_no_output(name):
+    torch.manual_seed(0)
+    model = with_random_norms(BUILDERS[name](norm=True))
+    images = torch.rand(2, 3, 64, 64)
+    before = extract(model, images)
+    folded = fold_batchnorm(model)
+    torch.testing.assert_close(extract(folded, images), before, rtol=1e-4, atol=1e-5)
+    plain = BUILDERS[name]()
+    plain.load_state_dict(folded.state_dict())
+    torch.testing.assert_close(extract(plain, images), before, rtol=1e-4, atol=1e-5)
+
+
+def test_export_is_half_precision_and_close(tmp_path):
+    torch.manual_seed(0)
+    model = with_random_norms(mini_vit_small(norm=True))
+    export("mini_vit_small", model.state_dict(), tmp_path / "weights.safetensors")
+    state = load_file(tmp_path / "weights.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    plain = mini_vit_small()
+    plain.load_state_dict({key: value.float() for key, value in state.items()})
+    images = torch.rand(4, 3, 64, 64)
+    similarity = F.cosine_similarity(extract(plain, images), extract(model, images))
+    assert similarity.min() > 0.999
+
+
+def test_weights_fit_in_eight_megabytes():
+    assert sum(weights_path(name).stat().st_size for name in BUILDERS) <= 8_000_000
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_weights_are_the_documented_ones(name):
+    digest = hashlib.sha256(weights_path(name).read_bytes()).hexdigest()
+    assert digest in (WEIGHTS_DIR / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_weights_beat_raw_pixels_on_the_novel_classes(name, novel):
+    """Untrained transformers do worse than pixels here, so only pre-training can win."""
+    model = BUILDERS[name]()
+    model.load_state_dict({key: value.float() for key, value in load_file(weights_path(name)).items()})
+    features = [Data(extract(model, part.images), part.labels) for part in novel]
+    pixels = [Data(F.adaptive_avg_pool2d(part.images, 16).flatten(1), part.labels) for part in novel]
+    assert nearest_mean(*features) > nearest_mean(*pixels) + 5
+
+
+def test_augmented_images_stay_in_range_and_are_seeded():
+    torch.manual_seed(0)
+    alpha = torch.randint(0, 256, (16, 1, 64, 64))
+    images = torch.cat([alpha // 2, alpha // 3, alpha, alpha], 1).to(torch.uint8)
+    assert on_white(images).amin() >= 0 and on_white(images).amax() <= 1
+    torch.manual_seed(1)
+    first = augment(images)
+    torch.manual_seed(1)
+    assert torch.equal(first, augment(images))
+    assert first.shape == (16, 3, 64, 64) and first.amin() >= 0 and first.amax() <= 1
+
+
+def test_pairs_share_a_class_and_classes_do_not_repeat():
+    labels = torch.arange(100).repeat_interleave(3)
+    for rows in PairSampler(labels):
+        first, second = rows.chunk(2)
+        assert torch.equal(labels[first], labels[second])
+        assert (first != second).all() and len(labels[first].unique()) == len(first) == 64
+
+
+def test_pretraining_loss_reaches_every_weight():
+    torch.manual_seed(0)
+    model = Pretrainer("mini_vit_small", 10).train()
+    loss, _ = model(torch.rand(8, 3, 64, 64), torch.arange(4).repeat(2))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None for name, p in model.named_parameters())
+
+
+def test_schedule_warms_up_and_decays():
+    assert schedule(0, 1000) == pytest.approx(0.01)
+    assert schedule(999, 1000) == pytest.approx(0.003)
+    assert schedule(150, 1000) > schedule(600, 1000)
