@@ -43,7 +43,7 @@ def check_data(config: Config) -> int:
         report = check_stream(build_data(config, size.image_size if size else 224), config.dataset)
     except DataError as error:
         raise ConfigError([str(error)]) from error
-    json.dump(report, sys.stdout, ensure_ascii=False, indent=1)
+    json.dump(report, sys.stdout, indent=1)
     sys.stdout.write("\n")
     return 1 if report["bad"] else 0
 

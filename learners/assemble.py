@@ -125,6 +125,7 @@ def build_data(config: Config, image_size: int, *, may_write: bool = True) -> Ta
         crop_scale=config.crop_scale,
         data_url=config.data_url,
         log_dir=log_dir,
+        progress=may_write and not config.no_progress,
     )
 
 
