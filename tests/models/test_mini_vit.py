@@ -26,6 +26,7 @@ from models.pretrain_mini_vit import (
     nearest_mean,
     on_white,
     schedule,
+    standardise_features,
 )
 
 BUILDERS = {"mini_vit_base": mini_vit_base, "mini_vit_small": mini_vit_small}
@@ -89,6 +90,15 @@ def test_export_is_half_precision_and_close(tmp_path):
     images = torch.rand(4, 3, 64, 64)
     similarity = F.cosine_similarity(extract(plain, images), extract(model, images))
     assert similarity.min() > 0.999
+
+
+def test_standardised_features_have_no_common_offset():
+    torch.manual_seed(0)
+    model, images = mini_vit_small().eval(), torch.rand(64, 3, 64, 64)
+    standardise_features(model, images)
+    features = extract(model, images)
+    torch.testing.assert_close(features.mean(0), torch.zeros(96), rtol=0, atol=1e-3)
+    torch.testing.assert_close(features.std(0), torch.ones(96), rtol=1e-3, atol=1e-3)
 
 
 def test_weights_fit_in_eight_megabytes():
