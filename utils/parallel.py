@@ -134,9 +134,12 @@ class Distributed:
 
         Frozen weights are equal by their checksums, and a trained parameter starts as on rank 0.
         """
-        for parameter in step.parameters():
-            if parameter.requires_grad:
-                torch.distributed.broadcast(parameter.detach(), src=0)
+        trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
+        with torch.no_grad():
+            start = nn.utils.parameters_to_vector(trained)
+            torch.distributed.broadcast(start, src=0)
+            for parameter, values in zip(trained, start.split([p.numel() for p in trained]), strict=True):
+                parameter.copy_(values.view_as(parameter))
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(step, device_ids=ids, init_sync=False, **_NO_BUFFERS)
 

@@ -1,0 +1,326 @@
+"""Steps give the same gradients in one process, in several, and on replicas as DataParallel makes them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel, gather, replicate
+from torch.nn.parallel.scatter_gather import scatter_kwargs
+
+from learners.distillers import DISTILLERS
+from learners.optim import OptimSettings
+from learners.prompt import is_count
+from models.prompts import PROMPTS
+from tests.learners import small
+from tests.processes import Group
+from utils.parallel import SeveralGPUs, SingleDevice, build_parallel, choose_device, leave_group, lost_process
+
+BATCH = 12  # divides by 2, 3 and 4
+# An orthogonality penalty and prompts on several blocks, which the tables' values do not switch on.
+VARIANTS = [("CODAPrompt", "KD_Token", (7, 4, 0.1)), ("L2P", "KD_Token", (30, 20, 1))]
+CASES = [(*names, None) for names in itertools.product(PROMPTS, DISTILLERS)] + VARIANTS
+WEIGHTS = torch.linspace(0.5, 2, small.CLASSES, dtype=torch.float64)
+
+
+def build(case, where, **options):
+    """A learner in float64 that runs at ``where``, with an optimizer that keeps small differences small."""
+    learner_name, kd_method, prompt_param = case
+    optim = OptimSettings("SGD", lr=0.01, schedule=(2,))
+    learner = small.learner(learner_name, kd_method, prompt_param=prompt_param, dtype=torch.float64, optim=optim,
+                            aux_loss_scale=2.0, **options)  # fmt: skip
+    learner.parallel = where
+    for module in filter(None, (learner.student, learner.distiller, learner.teacher)):
+        module.to(where.device)
+    return learner
+
+
+def compare(case, where, tasks=2):
+    """Train equal learners on the same global batches, one at ``where`` and one alone.
+
+    Returns:
+        largest difference of a loss or gradient, on the first process; pairs of bytes that DDP reduced in a step
+        and bytes of the trained parameters; SHA-256 of what was learned.
+    """
+    ours = build(case, where)
+    alone = build(case, SingleDevice(where.device)) if where.rank == 0 else None
+    # The teacher's phase is the same for all KD methods: once for each pool is enough.
+    phases = ours.phases if case[1] == "KD_Token" else ours.phases[-1:]
+    worst, volumes = 0.0, set()
+    for task in range(tasks):
+        for learner in filter(None, (ours, alone)):
+            learner.begin_task(task)
+        for name in phases:
+            phase = ours.begin_phase(name, small.classes_of(task), WEIGHTS)
+            reference = alone.begin_phase(name, small.classes_of(task), WEIGHTS) if alone else None
+            sent: list[int] = []
+            if isinstance(phase.run, DistributedDataParallel):
+                phase.run.register_comm_hook(sent, reduce_and_count)
+            for seed in range(2):
+                sent.clear()
+                images, targets = small.batch_of(task, torch.float64, size=BATCH, seed=seed)
+                images, targets = images.to(where.device), targets.to(where.device)
+                rows = slice(where.rank * BATCH // where.world_size, (where.rank + 1) * BATCH // where.world_size)
+                result = averaged(phase.train_step(images[rows], targets[rows]), where)
+                volumes.add((sum(sent), sum(p.numel() * p.element_size() for p in phase.parameters)))
+                if reference:
+                    expected = reference.train_step(images, targets)
+                    worst = max(worst, difference(result, phase, expected, reference))
+    return worst, volumes, digest(ours)
+
+
+def averaged(result, where):
+    totals = where.sum(torch.stack([value.double() for value in result.values()]))
+    counts = zip(result, totals, strict=True)
+    return {key: total if is_count(key) else total / where.world_size for key, total in counts}
+
+
+def difference(result, phase, expected, reference) -> float:
+    assert result.keys() == expected.keys() and result["correct"] == expected["correct"]
+    pairs = [(result[key], expected[key]) for key in result if not is_count(key)]
+    for ours, theirs in zip(phase.parameters, reference.parameters, strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        pairs.append((ours.grad, theirs.grad))
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def digest(learner) -> str:
+    tensors = [tensor for role in learner.phases for tensor in learner.state(role).values()]
+    return hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def reduce_and_count(sent: list[int], bucket):
+    sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
+    return allreduce_hook(None, bucket)
+
+
+# ------------------------------------------------------------------------------------- several processes
+
+
+def compare_all(cases, tasks, device="cpu"):
+    where = build_parallel(device, None, timeout_s=120)
+    report = {case: compare(case, where, tasks) for case in cases}
+    leave_group()
+    return report
+
+
+def assert_equal_gradients(processes, cases, tasks, device="cpu"):
+    with Group(processes, compare_all, cases, tasks, device) as group:
+        outcomes = group.outcomes(timeout=300)
+    assert [outcome.code for outcome in outcomes] == [0] * processes, outcomes[0].output
+    for case in cases:
+        differences, volumes, learned = zip(*(outcome.result[case] for outcome in outcomes), strict=True)
+        assert max(differences) < 1e-9, case
+        assert len(set(learned)) == 1, f"{case}: the models differ between processes"
+        for reduced, trained in set.union(*volumes):
+            assert reduced == trained > 0, f"{case}: {reduced} bytes reduced, {trained} bytes trained"
+
+
+@pytest.mark.parametrize("processes, cases, tasks", [(2, CASES, 2), (3, CASES, 1), (4, VARIANTS, 2)])
+def test_processes_compute_the_gradient_of_one(processes, cases, tasks):
+    """Also: they exchange the trained parameters' bytes and nothing else, and grow the pools alike."""
+    assert_equal_gradients(processes, cases, tasks)
+
+
+def begin_with_other_numbers():
+    """What is called when a phase begins, and every process's parameters, which were drawn from other seeds."""
+    where = build_parallel("cpu", None, timeout_s=60)
+    learner = build(("DualPrompt", "KD_Token", None), where, seed=1 + where.rank)
+    calls: list[tuple[str, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_broadcast_coalesced", "_verify_params_across_processes"):
+            patch.setattr(torch.distributed, name, lambda *_, name=name: calls.append((name, 0)))
+        broadcast = torch.distributed.broadcast
+        patch.setattr(torch.distributed, "broadcast",
+                      lambda tensor, src: calls.append(("broadcast", tensor.numel())) or broadcast(tensor, src))
+        phase = learner.begin_phase("student", small.classes_of(0), WEIGHTS)
+    values = where.gather(torch.cat([parameter.detach().flatten() for parameter in phase.parameters]))
+    assert build_parallel("cpu", None).broadcast(f"from {where.rank}") == "from 0"  # the group is joined once
+    leave_group()
+    return calls, values
+
+
+def test_a_phase_begins_with_the_first_processs_parameters_and_sends_nothing_else():
+    with Group(2, begin_with_other_numbers) as group:
+        outcomes = group.outcomes()
+    for code, result, output in outcomes:
+        assert code == 0, output
+        calls, (of_first, of_second) = result
+        assert calls == [("broadcast", len(of_first))]
+        assert torch.equal(of_first, of_second)
+
+
+def exchange_until_lost(timeout_s):
+    where = build_parallel("cpu", None, timeout_s=timeout_s)
+    where.sum(torch.ones(1))
+    print("begun", flush=True)
+    try:
+        while True:
+            where.sum(torch.ones(1))
+    except RuntimeError as error:
+        return lost_process(error)
+
+
+@pytest.mark.parametrize("signum, timeout_s, at_least, at_most", [
+    (signal.SIGKILL, 300, 0, 30), (signal.SIGSTOP, 2, 1, 60)])  # fmt: skip
+def test_a_lost_process_ends_the_others(signum, timeout_s, at_least, at_most):
+    """One that dies is noticed at once, one that hangs after the timeout."""
+    with Group(3, exchange_until_lost, timeout_s) as group:
+        group.wait_for("begun")
+        started = time.monotonic()
+        group.send(signum, rank=1)
+        outcomes = group.outcomes([0, 2], timeout=at_most)
+        assert time.monotonic() - started >= at_least
+    assert [outcome.result for outcome in outcomes] == [True, True], outcomes
+
+
+def test_an_error_without_a_group_is_not_a_lost_process():
+    assert not lost_process(RuntimeError("Connection closed by peer in gloo"))
+
+
+# --------------------------------------------------------------------------------------- DataParallel
+
+
+class Replicas(nn.Module):
+    """``nn.DataParallel`` on the CPU (see ``data_parallel_on_cpu``)."""
+
+    def __init__(self, step: nn.Module, parts: int) -> None:
+        super().__init__()
+        self.module = step
+        self.parts = parts
+
+    def forward(self, *inputs):
+        scattered, _ = scatter_kwargs(inputs, {}, range(self.parts))
+        replicas = replicate(self.module, range(len(scattered)), not torch.is_grad_enabled())
+        return gather([replica(*own) for replica, own in zip(replicas, scattered, strict=True)], 0)
+
+
+class OnReplicas(SingleDevice):
+    def __init__(self, parts: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self.replicas = parts
+
+    def wrap(self, step: nn.Module) -> nn.Module:
+        return Replicas(step, self.replicas)
+
+
+@pytest.fixture
+def data_parallel_on_cpu(monkeypatch):
+    """torch's own scatter, replicate and gather, with chunks and copies where tensors would change the GPU."""
+
+    def copies(tensors, devices, detach=False):
+        return [[tensor.detach() if detach else tensor.clone() for tensor in tensors] for _ in devices]
+
+    def joined(target, dim, *tensors):
+        assert all(tensor.dim() for tensor in tensors)  # scalars would be gathered with a warning
+        return torch.cat(tensors, dim)
+
+    module = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copies)
+    monkeypatch.setattr(module, "_get_device_index", lambda index, *_: index)
+    module = sys.modules["torch.nn.parallel.scatter_gather"]
+    cut = SimpleNamespace(apply=lambda targets, sizes, dim, tensor: tensor.chunk(len(targets), dim))
+    monkeypatch.setattr(module, "Scatter", cut)
+    monkeypatch.setattr(module, "Gather", SimpleNamespace(apply=joined))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_replicas_compute_the_gradient_of_one_device(case, data_parallel_on_cpu):
+    worst, _, _ = compare(case, OnReplicas(2))
+    assert worst < 1e-9
+
+
+@pytest.mark.parametrize("images", [1, 2, 5, 12])
+def test_replicas_count_the_same_answers(images, data_parallel_on_cpu):
+    """Also when the last images of a test set are fewer than the devices."""
+    learners = [build(("L2P", "KD_Token", None), where) for where in (OnReplicas(3), SingleDevice(torch.device("cpu")))]
+    batch, targets = small.batch_of(0, torch.float64, size=images)
+    counts, expected = (learner.evaluator()(batch, targets, 4) for learner in learners)
+    assert {role: count.sum().item() for role, count in counts.items()} == {
+        role: count.item() for role, count in expected.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------ devices
+
+
+@pytest.mark.parametrize("device, gpuids, local_rank, gpus, chosen", [
+    (None, None, 0, 0, "cpu"),
+    (None, None, 0, 2, "cuda:0"),
+    (None, None, 1, 2, "cuda:1"),
+    (None, (-1,), 0, 2, "cpu"),
+    (None, (3,), 0, 4, "cuda:3"),
+    (None, (2, 3), 1, 4, "cuda:3"),
+    ("cpu", None, 1, 2, "cpu"),
+    ("cuda", None, 1, 2, "cuda:1"),
+    ("cuda", (1,), 0, 2, "cuda:1"),
+    ("mps", None, 0, 0, "mps"),
+])  # fmt: skip
+def test_device_of_a_process(device, gpuids, local_rank, gpus, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    assert choose_device(device, gpuids, local_rank) == torch.device(chosen)
+
+
+def test_kind_of_parallelism(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert type(build_parallel(None, (-1,))) is SingleDevice
+    assert type(build_parallel(None, (1,))) is SingleDevice
+    several = build_parallel(None, (1, 3))
+    assert isinstance(several, SeveralGPUs)
+    assert (several.device, several.replicas, several.world_size) == (torch.device("cuda:1"), 2, 1)
+    monkeypatch.setenv("RANK", "1")
+    assert type(build_parallel(None, (-1,), alone=True)) is SingleDevice
+
+
+# --------------------------------------------------------------------------------------------------- GPUs
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gpu_computes_the_gradient_of_the_cpu(case):
+    ours, alone = (build(case, SingleDevice(torch.device(device))) for device in ("cuda", "cpu"))
+    images, targets = small.batch_of(0, torch.float64, size=BATCH)
+    phase, reference = (learner.begin_phase("student", small.classes_of(0), WEIGHTS) for learner in (ours, alone))
+    phase.train_step(images.cuda(), targets.cuda())
+    reference.train_step(images, targets)
+    for own, other in zip(phase.parameters, reference.parameters, strict=True):
+        torch.testing.assert_close(own.grad.cpu(), other.grad, rtol=0, atol=1e-9)
+
+
+@pytest.mark.multi_gpu
+@needs_gpus
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_several_gpus_compute_the_gradient_of_one(case):
+    worst, _, _ = compare(case, SeveralGPUs((0, 1)))
+    assert worst < 1e-9
+
+
+@pytest.mark.multi_gpu
+@needs_gpus
+@pytest.mark.parametrize("images", [1, 5])
+def test_several_gpus_count_the_same_answers(images):
+    places = (SeveralGPUs((0, 1)), SingleDevice(torch.device("cuda", 0)))
+    batch, targets = (tensor.cuda() for tensor in small.batch_of(0, torch.float64, size=images))
+    counts, expected = (build(("L2P", "KD_Token", None), place).evaluator()(batch, targets, 4) for place in places)
+    assert {role: count.sum().item() for role, count in counts.items()} == {
+        role: count.item() for role, count in expected.items()
+    }
+
+
+@pytest.mark.multi_gpu
+@needs_gpus
+def test_processes_with_a_gpu_each_compute_the_gradient_of_one():
+    assert_equal_gradients(2, CASES, 2, "cuda")
