@@ -155,5 +155,5 @@ def test_options_of_the_scripts_are_options_of_run_py():
     from utils.config import OPTIONS
 
     text = "".join(path.read_text() for path in ROOT.glob("experiments/*.sh"))
-    own = {"learners", "kd", "pairs", "seeds", "jobs", "out", "cell", "help", "tests"}
+    own = {"learners", "kd", "pairs", "seeds", "jobs", "out", "cell", "help", "tests", "standalone", "nproc"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", text)) - own <= set(OPTIONS)

@@ -174,12 +174,10 @@ def leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def lost_process(error: BaseException) -> bool:
-    """Whether ``error`` says that another process of the group is gone or does not answer."""
-    if not isinstance(error, RuntimeError) or not torch.distributed.is_initialized():
-        return False
+def lost_process(error: RuntimeError) -> bool:
+    """Whether an error in a group says that another process is gone or does not answer."""
     # What gloo raises has no type of its own.
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 def choose_device(device: str | None, gpuids: Sequence[int] | None, local_rank: int = 0) -> torch.device:
