@@ -15,8 +15,9 @@ from torch import Tensor
 
 from learners.assemble import assemble, build_data
 from learners.export import StudentClassifier, build_student, describe, export, load_trained_parts
+from learners.opening import CLASSES
 from learners.prompt import PromptLearner
-from learners.record import CLASSES, METRICS, require_same, stream_facts
+from learners.record import METRICS, require_same, stream_facts
 from learners.trainer import evaluate, model_file
 from models.backbones import BackboneError, load_backbone
 from utils.checkpoint import RunFolder, RunFolderError, from_bytes

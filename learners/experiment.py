@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from learners.opening import ARGS, LOG, differing_settings, is_finished, own_folder
+from learners.opening import ARGS, CLASSES, LOG, differing_settings, is_finished, own_folder
 from learners.signals import Signals, StoppedError
 from utils.checkpoint import RunFolder, RunFolderError
 from utils.config import Config, ConfigError
@@ -201,7 +201,7 @@ def _begin_or_go_on(config: Config, folder: RunFolder, parts: Parts) -> None:
     Raises:
         ConfigError: the data or the backbones are not those that the run began with.
     """
-    from learners.record import CLASSES, require_same, stream_facts, write_facts
+    from learners.record import require_same, stream_facts, write_facts
 
     facts = stream_facts(parts.stream, parts.identity)
     if CLASSES in folder.files:

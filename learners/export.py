@@ -145,8 +145,9 @@ def load_exported(path: Path) -> StudentClassifier:
     Raises:
         ConfigError: the file is no export of this project, or a damaged one.
     """
-    from models.backbones import load_backbone
     from safetensors import SafetensorError, safe_open
+
+    from models.backbones import load_backbone
 
     try:
         with safe_open(path, framework="pt") as file:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from learners.signals import StoppedError
-from utils.checkpoint import LOCK, RunFolder, RunFolderError, RunLock
+from utils.checkpoint import RunFolder, RunFolderError, RunLock
 from utils.config import Config, ConfigError
 
 ARGS = "args.yaml"
+CLASSES = "classes.json"
 LOG = "output.log"
 
 _log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 def own_folder(config: Config) -> Iterator[RunFolder]:
     """The run folder ``--log_dir``, locked; moved aside before if ``--overwrite 1`` says so.
 
-    A folder that was not there before is gone again if the run cannot start.
+    What was not there before, folder or log, is gone again if the run cannot start.
 
     Raises:
         ConfigError: it cannot be written, is in use, is damaged, or holds a run with other settings. Nothing in
@@ -30,12 +30,12 @@ def own_folder(config: Config) -> Iterator[RunFolder]:
     """
     root = config.log_dir
     existed = root.exists()
+    had_log = (root / LOG).exists()
     try:
         with _opened(config) as folder:
             yield folder
     except (ConfigError, StoppedError):
-        if not existed:
-            _remove_if_unused(root)
+        _remove_if_unused(root, folder=not existed, log=not had_log)
         raise
 
 
@@ -50,6 +50,8 @@ def _opened(config: Config) -> Iterator[RunFolder]:
                 _move_aside(folder, lock)
             folder.open()
             folder.newest_state()
+            for name in {ARGS, CLASSES} & set(folder.files):
+                folder.read(name)
             _refuse_other_settings(config, folder)
         except RunFolderError as error:
             raise ConfigError([str(error)]) from error
@@ -65,10 +67,14 @@ def _move_aside(folder: RunFolder, lock: RunLock) -> None:
         _log.info("%s moved aside to %s", folder.root, target)
 
 
-def _remove_if_unused(root: Path) -> None:
+def _remove_if_unused(root: Path, *, folder: bool, log: bool) -> None:
+    """Remove the log, and the folder if nothing else is in it, unless a run has begun there."""
     with contextlib.suppress(OSError):
-        if not any(path.name not in (LOCK, LOG) for path in root.iterdir()):
-            shutil.rmtree(root)
+        if not RunFolder(root).has_manifest():
+            if log:
+                (root / LOG).unlink(missing_ok=True)
+            if folder:
+                root.rmdir()
 
 
 def _refuse_other_settings(config: Config, folder: RunFolder) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataloaders.tasks import TaskStream
+from learners.opening import CLASSES
 from utils.checkpoint import RunFolder
 from utils.config import Config, ConfigError
 from utils.logging import environment, peak_memory_mb
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 TEACHER_ACCURACY, STUDENT_ACCURACY = "Results/acc.csv", "Results/acc_s.csv"
 METRICS, TIMING = "Results/metrics.json", "Results/timing.json"
-CLASSES = "classes.json"
 
 _log = logging.getLogger(__name__)
 

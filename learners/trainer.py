@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -342,8 +342,7 @@ def evaluate(
     for past in range(task + 1):
         correct = torch.zeros(len(rows), dtype=torch.int64, device=parallel.device)
         for images, targets in data.test(past):
-            result = step(images, targets, seen)
-            correct += torch.stack([result[role].sum() for role in rows])
+            correct += _correct(step(images, targets, seen), rows)
             if parallel.world_size == 1:
                 between()
         if parallel.world_size > 1:
@@ -352,6 +351,11 @@ def evaluate(
         for role, count in zip(rows, counts, strict=True):
             rows[role].append(100 * count / stream.test_size(past))
     return rows, _usage(learner, data, parallel, task, stream.test_size(task))
+
+
+def _correct(result: Mapping[str, Tensor], roles: Iterable[str]) -> Tensor:
+    """Correct answers to a batch, by role; on several replicas the step counts for each."""
+    return torch.stack([result[role].sum() for role in roles])
 
 
 @torch.no_grad()

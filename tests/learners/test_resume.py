@@ -1,0 +1,211 @@
+"""A run that is interrupted, wherever and however often, ends with the same bytes as one that is not."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import run
+from learners import trainer
+from learners.prompt import Phase
+from tests import runs
+from tests.runs import Killed
+from utils import checkpoint
+
+PAIRS = {
+    "CODAPrompt KD_Token": [],
+    "DualPrompt ReviewKD": ["--prompt_param", 4, 4, 4, "--optimizer", "SGD"],
+    "L2P none": ["--accumulate", 2],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return runs.make(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def references(config, tmp_path_factory):
+    """What each run gives without interruption, made when first asked for."""
+    cache = {}
+
+    def reference(*flags):
+        if flags not in cache:
+            folder = tmp_path_factory.mktemp("reference")
+            with runs.quick():
+                assert run.main(runs.arguments(config, folder, *flags)) == 0
+            cache[flags] = runs.results(folder)
+        return cache[flags]
+
+    return reference
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    with runs.quick():
+        yield
+
+
+class Interruption:
+    """Ends a run at the n-th event: a step of training, a batch of evaluation, an operation on files.
+
+    Like a process that was killed it does nothing more, neither tidies up nor waits for anything.
+    """
+
+    def __init__(self, monkeypatch):
+        self.left = self.counted = None
+        self.dead = False
+        self.log = []
+        for owner, name, kind in (
+            (Phase, "train_step", "step"),
+            (trainer, "_correct", "evaluation"),
+            (checkpoint, "_write_beside", "write"),
+            (os, "replace", "replace"),
+            (Path, "unlink", "unlink"),
+        ):
+            monkeypatch.setattr(owner, name, self._mortal(getattr(owner, name), kind))
+        # Within the thread that asks, so that every event has its place in one order.
+        monkeypatch.setattr(trainer.ThreadPoolExecutor, "submit", _at_once)
+
+    def _mortal(self, function, kind):
+        def mortal(*args, **kwargs):
+            self.log.append(kind)
+            if self.left is not None and self.counted in (None, kind):
+                self.left -= 1
+                self.dead = self.dead or self.left < 0
+            if self.dead:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return mortal
+
+    def main(self, argv, *, after=None, counted=None):
+        """Run and die at event number ``after`` (from 0) of one kind, or of all kinds.
+
+        Returns the exit code, None when it has died.
+        """
+        self.left, self.counted, self.dead, self.log = after, counted, False, []
+        try:
+            return run.main(argv)
+        except Killed:
+            return None
+        finally:
+            self.left, self.dead = None, False
+            checkpoint.RunLock._held.clear()
+
+
+def _at_once(executor, function, *args):
+    future = trainer.Future()
+    try:
+        future.set_result(function(*args))
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_killed_again_and_again(pair, config, references, tmp_path, monkeypatch):
+    flags = ("--learner_name", pair.split()[0], "--KD_method", pair.split()[1], *PAIRS[pair])
+    expected = references(*flags)
+    argv = runs.arguments(config, tmp_path / "run", *flags)
+    interruption = Interruption(monkeypatch)
+    deaths = 0
+    while interruption.main(argv, after=20 + 7 * deaths % 10) is None:
+        deaths += 1
+        assert deaths < 40
+    assert deaths > 1
+    assert runs.results(tmp_path / "run") == expected
+
+
+def test_no_epoch_is_lost(config, references, tmp_path, monkeypatch, caplog):
+    """Killed at the last of 24 steps, 2 tasks x 2 phases x 2 epochs x 3 steps: only its epoch is repeated."""
+    argv = runs.arguments(config, tmp_path / "run")
+    interruption = Interruption(monkeypatch)
+    assert interruption.main(argv, after=23, counted="step") is None
+    with caplog.at_level(logging.INFO):
+        assert interruption.main(argv) == 0
+    assert "Going on at task 2, student, epoch 2, step 1" in caplog.text
+    assert interruption.log.count("step") == 3
+    assert runs.results(tmp_path / "run") == references()
+
+
+@pytest.mark.parametrize("moment", ["evaluation", "write", "replace"])
+def test_killed_at_the_end_of_a_task(moment, config, references, tmp_path, monkeypatch):
+    """In the evaluation; while its results are written; when the manifest counts but no file is in its place."""
+    argv = runs.arguments(config, tmp_path / "run")
+    interruption = Interruption(monkeypatch)
+    assert interruption.main(argv, after=1, counted="evaluation") is None
+    if moment != "evaluation":  # the first commit of this call is that of the task's results
+        assert interruption.main(argv, after={"write": 4, "replace": 1}[moment], counted=moment) is None
+        assert interruption.log.count("step") == 0
+        assert interruption.log.count("evaluation") == 2
+    assert interruption.main(argv) == 0
+    assert interruption.log.count("step") == 0
+    assert runs.results(tmp_path / "run") == references()
+
+
+def test_in_another_folder_with_other_workers(config, references, tmp_path, monkeypatch):
+    """What may differ between two calls: where the folder is, the number of workers, how often losses are read."""
+    interruption = Interruption(monkeypatch)
+    assert interruption.main(runs.arguments(config, tmp_path / "run"), after=15, counted="step") is None
+    (tmp_path / "run").rename(tmp_path / "moved")
+    argv = runs.arguments(config, tmp_path / "moved", "--workers", 1, "--log_interval", 1)
+    assert interruption.main(argv) == 0
+    assert runs.results(tmp_path / "moved") == references()
+
+
+class TestDamage:
+    @pytest.fixture(scope="class")
+    def died(self, config, tmp_path_factory):
+        """A run that died in the student's phase of the second task."""
+        folder = tmp_path_factory.mktemp("died") / "run"
+        with runs.quick(), pytest.MonkeyPatch.context() as patch:
+            interruption = Interruption(patch)
+            assert interruption.main(runs.arguments(config, folder), after=22, counted="step") is None
+        return folder
+
+    @pytest.fixture
+    def interrupted(self, died, tmp_path):
+        return shutil.copytree(died, tmp_path / "run")
+
+    def newest(self, folder):
+        return folder / json.loads((folder / "manifest.json").read_text())["states"][0][0]
+
+    def test_damaged_state_falls_back_and_says_so(self, interrupted, config, references, capsys):
+        data = bytearray(self.newest(interrupted).read_bytes())
+        data[len(data) // 2] ^= 4
+        self.newest(interrupted).write_bytes(data)
+        with runs.quick():
+            assert run.main(runs.arguments(config, interrupted)) == 0
+        assert "is damaged" in capsys.readouterr().out
+        assert "going on from the state before it" in (interrupted / "output.log").read_text()
+        assert runs.results(interrupted) == references()
+
+    @pytest.mark.parametrize("what", ["both states", "model", "args", "manifest", "lost manifest", "classes"])
+    def test_refused_and_nothing_changed(self, what, interrupted, config, capsys):
+        damage = {
+            "both states": ["state/a", "state/b"], "model": ["models/task-1/T_class.pth"], "args": ["args.yaml"],
+            "manifest": ["manifest.json"], "lost manifest": [], "classes": ["classes.json"],
+        }[what]  # fmt: skip
+        for name in damage:
+            path = interrupted / name
+            path.write_bytes(path.read_bytes()[:-3])
+        if what == "lost manifest":
+            (interrupted / "manifest.json").unlink()
+        before = runs.snapshot(interrupted)
+        assert run.main(runs.arguments(config, interrupted)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("run.py: error: ") and error.count("\n") == 1
+        assert (damage or ["manifest.json"])[0] in error
+        assert runs.snapshot(interrupted) == before
+
+    def test_overwrite_moves_a_damaged_run_aside(self, interrupted, config, references):
+        (interrupted / "manifest.json").write_text("{}")
+        before = runs.snapshot(interrupted)
+        with runs.quick():
+            assert run.main(runs.arguments(config, interrupted, "--overwrite", 1)) == 0
+        assert runs.snapshot(interrupted.with_name("run.old-1")) == before
+        assert runs.results(interrupted) == references()
