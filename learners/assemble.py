@@ -21,6 +21,7 @@ from learners.distillers.base import DistillSettings
 from learners.optim import OptimSettings
 from learners.prompt import PromptLearner
 from models.backbones import Backbone, BackboneError, load_backbone
+from models.original import OriginalError, fit_original, load_original
 from models.sizes import ViTSize
 from models.vit import PromptedViT, UnsupportedBackboneError
 from utils.checkpoint import MANIFEST
@@ -180,7 +181,7 @@ def _build_everywhere(config: Config, parallel: Parallel) -> Parts:
         }
     except ConfigError as error:
         problems = error.problems
-    except (DataError, BackboneError, UnsupportedBackboneError) as error:
+    except (DataError, BackboneError, OriginalError, UnsupportedBackboneError) as error:
         problems = [str(error)]
     everyones = parallel.gather((problems, facts))
     if parallel.rank == 0:
@@ -213,6 +214,10 @@ def _build(config: Config, parallel: Parallel) -> Parts:
     image_size = backbones["student"].vit.image_size
     stream = build_data(config, image_size, may_write=parallel.rank == 0)
     learner = make_learner(config, backbones, stream.num_classes, len(stream), parallel)
+    if config.init_from is not None:
+        for role in learner.phases:
+            state = load_original(config.init_from, role)
+            learner.load_state(role, fit_original(state, learner.state(role), config.init_from))
     data = DataPipeline(
         stream,
         batch_size=config.batch_size,
