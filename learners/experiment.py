@@ -75,28 +75,33 @@ def train(config: Config) -> int:
     from utils.logging import setup_logging
 
     setup_logging(None, main=is_main_process())
-    with Signals() as signals, ExitStack() as stack:
+    with Signals() as signals:
         try:
-            folder, refusal, code = None, None, None
-            if is_main_process():
-                try:
-                    folder = stack.enter_context(own_folder(config))
-                except ConfigError as error:
-                    refusal, code = error, 2
-                if folder is not None and is_finished(config, folder):
-                    _say_finished(folder)
-                    code = 0
-            code = _decision_of_main_process(config, code)
-            if refusal is not None:
-                raise refusal
-            if code is not None:
-                return code
-            if folder is not None:
-                _log_to_file(config)
-            return _train_here(config, folder, signals)
+            return _train_in_folder(config, signals)
         except StoppedError as stopped:
             _log.warning("%s", stopped)
             return stopped.exit_code
+
+
+def _train_in_folder(config: Config, signals: Signals) -> int:
+    with ExitStack() as stack:
+        folder, refusal, code = None, None, None
+        if is_main_process():
+            try:
+                folder = stack.enter_context(own_folder(config))
+            except ConfigError as error:
+                refusal, code = error, 2
+            if folder is not None and is_finished(config, folder):
+                _say_finished(folder)
+                code = 0
+        code = _decision_of_main_process(config, code)
+        if refusal is not None:
+            raise refusal
+        if code is not None:
+            return code
+        if folder is not None:
+            _log_to_file(config)
+        return _train_here(config, folder, signals)
 
 
 def _say_finished(folder: RunFolder) -> None:
@@ -108,6 +113,7 @@ def _say_finished(folder: RunFolder) -> None:
 def _log_to_file(config: Config) -> None:
     from utils.logging import setup_logging
 
+    logging.raiseExceptions = False  # on a full disk the run ends with a sentence, not with tracebacks of the log
     try:
         setup_logging(config.log_dir / LOG)
     except OSError as error:
