@@ -102,7 +102,8 @@ def _load(folder: RunFolder, name: str, load: Callable[[dict[str, Tensor]], None
     try:
         load(from_bytes(data))
     except RuntimeError as error:
-        raise RunFolderError(f"{folder.root / name} does not fit the settings in args.yaml: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise RunFolderError(f"{folder.root / name} does not fit the settings in args.yaml: {reason}") from error
 
 
 def _evaluate_again(config: Config, folder: RunFolder) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from learners.opening import ARGS, CLASSES, LOG, differing_settings, is_finished, own_folder
 from learners.signals import Signals, StoppedError
-from utils.checkpoint import RunFolder, RunFolderError
+from utils.checkpoint import RunFolder, RunFolderError, sha256_of
 from utils.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -208,8 +208,12 @@ def _begin_or_go_on(config: Config, folder: RunFolder, parts: Parts) -> None:
         ConfigError: the data or the backbones are not those that the run began with.
     """
     from learners.record import require_same, stream_facts, write_facts
+    from models.original import find_original
 
     facts = stream_facts(parts.stream, parts.identity)
+    if config.init_from is not None:
+        files = {role: find_original(config.init_from, role) for role in parts.learner.phases}
+        facts["init_from_sha256"] = {role: sha256_of(path) for role, path in files.items()}
     if CLASSES in folder.files:
         require_same(facts, folder)
     if ARGS not in folder.files or differing_settings(config, folder):

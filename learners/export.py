@@ -66,9 +66,8 @@ def export(classifier: StudentClassifier, description: dict[str, Any], path: Pat
         return
     from safetensors.torch import save
 
-    tensors = {key: value.contiguous() for key, value in classifier.state_dict().items()}
     metadata = {"description": json.dumps(description, sort_keys=True)}
-    write_atomic(path, save(_used_in_evaluation(classifier, tensors), metadata=metadata))
+    write_atomic(path, save(_tensors(classifier), metadata=metadata))
     text = json.dumps(description, ensure_ascii=False, indent=1) + "\n"
     write_atomic(path.with_suffix(".json"), text.encode())
 
@@ -155,7 +154,7 @@ def load_exported(path: Path) -> StudentClassifier:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         vit = load_backbone(description["backbone"], pretrained=False).vit
         classifier = build_student(description, vit)
-        expected = _used_in_evaluation(classifier, classifier.state_dict()).keys()
+        expected = _tensors(classifier).keys()
         if expected != tensors.keys():
             raise ValueError(f"it lacks {sorted(expected - tensors.keys())[:3]}")
         classifier.load_state_dict(tensors, strict=False)
@@ -164,11 +163,13 @@ def load_exported(path: Path) -> StudentClassifier:
     return classifier
 
 
-def _used_in_evaluation(classifier: StudentClassifier, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what compares features with a teacher's: it serves training alone."""
-    if not classifier.distiller.needs_blocks:
-        return tensors
-    return {key: value for key, value in tensors.items() if not key.startswith("distiller.")}
+def _tensors(classifier: StudentClassifier) -> dict[str, Tensor]:
+    """What evaluation needs, each tensor once; not what compares features with a teacher's."""
+    named = dict(classifier.named_parameters()) | dict(classifier.named_buffers())
+    saved = classifier.state_dict().keys() & named.keys()
+    if classifier.distiller.needs_blocks:
+        saved = {key for key in saved if not key.startswith("distiller.")}
+    return {key: named[key].detach().contiguous() for key in sorted(saved)}
 
 
 def _exported_program(classifier: StudentClassifier, image_size: int) -> bytes:

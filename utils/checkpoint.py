@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -191,7 +192,7 @@ class RunFolder:
         folders = set()
         for name in self.files if names is None else names:
             path = self.root / name
-            if names is not None or (_beside(path).exists() and _digest(_beside(path)) == self.files[name]):
+            if names is not None or (_beside(path).exists() and sha256_of(_beside(path)) == self.files[name]):
                 _move(path)
                 folders.add(path.parent)
         for folder in folders:
@@ -418,7 +419,8 @@ def _cannot_write(path: Path, error: OSError) -> RunFolderError:
     return RunFolderError(f"cannot write {path}: {error.strerror}; what was there before is intact")
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -435,7 +437,15 @@ def to_bytes(state: Any) -> bytes:
 
 
 def from_bytes(data: bytes) -> Any:
-    """What :func:`to_bytes` wrote, on the CPU; never runs code (``weights_only``)."""
+    """What :func:`to_bytes` wrote, on the CPU; never runs code (``weights_only``).
+
+    Raises:
+        RunFolderError: it is something else.
+    """
     import torch
 
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunFolderError(f"no file of tensors ({reason})") from error

@@ -340,6 +340,17 @@ class TestRefusals:
             image.unlink()
         assert "train_images differ" in error_of(capsys)
 
+    def test_other_file_to_start_from(self, config, finished, tmp_path, at, capsys):
+        start = shutil.copytree(finished / "models/task-1", tmp_path / "start")
+        argv = runs.arguments(config, tmp_path / "run", "--init_from", start, "--schedule", 1)
+        at(Phase, "train_step", 2, send(signal.SIGTERM))
+        assert run.main(argv) == 143
+        shutil.copy(finished / "models/task-2/S_class.pth", start)
+        assert run.main(argv) == 2
+        assert "init_from_sha256 differ" in error_of(capsys)
+        shutil.copy(finished / "models/task-1/S_class.pth", start)
+        assert run.main(argv) == 0
+
     @pytest.mark.parametrize("name", ["args.yaml", "models/resnet.py", "Results/table.csv"])
     def test_folder_of_something_else(self, name, config, tmp_path, capsys):
         """Neither resumed nor, with --overwrite 1, moved away: a mistyped --log_dir must not cost anything."""

@@ -409,8 +409,9 @@ class TestTensors:
             def __reduce__(self):
                 return os.mkdir, (str(tmp_path / "made"),)
 
-        with pytest.raises(Exception, match="[Ww]eights.only"):
-            from_bytes(to_bytes({"a": Hostile()}))
+        for data in (to_bytes({"a": Hostile()}), b"", b"PK\x03\x04", b"x" * 1000):
+            with pytest.raises(RunFolderError, match="no file of tensors"):
+                from_bytes(data)
         assert not (tmp_path / "made").exists()
 
 
