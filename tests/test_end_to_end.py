@@ -1,104 +1,131 @@
-"""Every pair of learner and KD method through run.py, two tasks on a tiny data set."""
+"""Every pair of learner and KD method through ``run.py``, two tasks on small images."""
 
-from __future__ import annotations
-
-import ast
+import csv
 import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+import torch
 
+import run
+from learners import assemble
 from learners.distillers import DISTILLERS
 from models.prompts import PROMPTS
-from run import main
+from tests import runs
+from utils.checkpoint import from_bytes
 
-PROJECT = Path(__file__).resolve().parent.parent
-PARAMS = {"CODAPrompt": "4 4 0.1", "DualPrompt": "2 4 2", "L2P": "5 2 1"}
-LAYERS = {"run": 3, "learners": 2, "models": 1, "dataloaders": 1, "utils": 0}
+ROOT = Path(__file__).parents[1]
+PARAMS = {"DualPrompt": ("--prompt_param", 4, 4, 4)}
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Four classes with six training and two test images each."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for label in range(4):
-        colour = rng.integers(0, 255, 3)
-        for part, number in (("train", 6), ("val", 2)):
-            folder = root / part / f"class {label}"
-            folder.mkdir(parents=True)
-            for index in range(number):
-                pixels = np.clip(colour + rng.normal(0, 40, (64, 64, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{index}.png")
-    return root
+def config(tmp_path_factory):
+    return runs.make(tmp_path_factory.mktemp("small"))
 
 
-def arguments(images: Path, log_dir: Path, learner: str, method: str) -> list[str]:
-    text = (
-        f"--dataset ImageFolder --first_split_size 2 --other_split_size 2 --schedule 1 --batch_size 4 --workers 0 "
-        f"--t_model mini_vit_base --s_model mini_vit_small --kd_prompt_param 3 2 --no_progress --gpuid -1 "
-        f"--learner_name {learner} --prompt_param {PARAMS[learner]} --KD_method {method}"
-    )
-    return [*text.split(), "--dataroot", str(images), "--log_dir", str(log_dir)]
+@pytest.fixture
+def learners(monkeypatch):
+    """The learners that runs build, each with a copy of its backbones' weights from before."""
+    made, real = [], assemble.make_learner
+
+    def make(*args, **kwargs):
+        learner = real(*args, **kwargs)
+        frozen = {role: {k: v.clone() for k, v in m.vit.state_dict().items()} for role, m in learner.models.items()}
+        made.append((learner, frozen))
+        return learner
+
+    monkeypatch.setattr(assemble, "make_learner", make)
+    return made
 
 
-@pytest.mark.parametrize("method", list(DISTILLERS))
-@pytest.mark.parametrize("learner", list(PROMPTS))
-def test_every_pair_runs_and_leaves_its_files(images, tmp_path, learner, method):
-    assert main(arguments(images, tmp_path / "run", learner, method)) == 0
-    root = tmp_path / "run"
-    roles = ["S", "T"] if DISTILLERS[method].needs_teacher else ["S"]
-    expected = {"args.yaml", "output.log", "Results/acc_s.csv", "Results/metrics.json", "Results/timing.json"}
-    expected |= {f"models/task-{task}/{role}_class.pth" for task in (1, 2) for role in roles}
+@pytest.mark.parametrize("kd_method", list(DISTILLERS))
+@pytest.mark.parametrize("pool", list(PROMPTS))
+def test_every_pair(pool, kd_method, config, learners, tmp_path):
+    folder = tmp_path / "run"
+    flags = ("--learner_name", pool, "--KD_method", kd_method, "--schedule", 1, *PARAMS.get(pool, ()))
+    with runs.quick():
+        assert run.main(runs.arguments(config, folder, *flags)) == 0
+    roles = {"T": "teacher", "S": "student"} if DISTILLERS[kd_method].needs_teacher else {"S": "student"}
+    expected = {"args.yaml", "classes.json", "manifest.json", "output.log"}
+    expected |= {f"Results/{name}" for name in ("acc_s.csv", "metrics.json", "timing.json", "accuracy.png")}
+    expected |= {f"models/task-{task}/{letter}_class.pth" for task in (1, 2) for letter in roles}
     expected |= {"Results/acc.csv"} if "T" in roles else set()
-    files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-    assert expected <= files
-    assert ("Results/acc.csv" in files) == ("T" in roles)
-    metrics = json.loads((root / "Results/metrics.json").read_text())
-    assert metrics["complete"] and len(metrics["student"]["accuracy_matrix"]) == 2
-    lines = (root / "output.log").read_text().splitlines()
-    assert "===Summary of student experiment===" in lines[-3]
-    assert "Acc | mean: " in lines[-2] and "Forgetting: " in lines[-1]
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {name for name in found if not name.startswith("state/")} == expected
+
+    metrics = json.loads((folder / "Results/metrics.json").read_text())
+    assert metrics["complete"] and (metrics["teacher"] is None) == ("T" not in roles)
+    for letter, role in roles.items():
+        accuracies = metrics[role]["average_accuracy"]
+        rows = list(csv.reader((folder / f"Results/acc{'_s' if letter == 'S' else ''}.csv").open()))
+        assert rows == [[f"{value:.2f}"] for value in accuracies] and len(rows) == 2
+        epochs = [epoch for task in metrics["losses"][role] for epoch in task]
+        assert all(math.isfinite(value) for epoch in epochs for value in epoch.values())
+        state = from_bytes((folder / f"models/task-2/{letter}_class.pth").read_bytes())
+        assert all(tensor.isfinite().all() for tensor in state.values())
+        assert "last.weight" in state and any(key.startswith("prompt.") for key in state)
+    log = [line.split("  ", 1)[-1] for line in (folder / "output.log").read_text().splitlines()]
+    student = metrics["student"]
+    assert log[-3:] == [
+        "===Summary of student experiment===",
+        f"Acc | mean: {student['final_average_accuracy']:.2f}",
+        f"Forgetting: {student['forgetting']:.2f}",
+    ]
+    ((learner, frozen),) = learners
+    for role, weights in frozen.items():
+        now = learner.models[role].vit.state_dict()
+        assert all(torch.equal(now[key], value) for key, value in weights.items())
 
 
-def test_the_same_seed_gives_the_same_bytes(images, tmp_path):
-    for name in ("a", "b"):
-        assert main(arguments(images, tmp_path / name, "CODAPrompt", "KD_Token")) == 0
-    names = [p.relative_to(tmp_path / "a") for pattern in ("*.csv", "*metrics.json", "*.pth", "*.png")
-             for p in (tmp_path / "a").rglob(pattern)]  # fmt: skip
-    assert len(names) >= 10
-    for name in names:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+def test_the_same_seed_gives_the_same_bytes_in_another_process(config, tmp_path):
+    """All of it with pictures, by the command line as a user types it, and once more in this process."""
+    argv = runs.arguments(config, tmp_path / "a", "--KD_method", "KD_Token", "--random_s", 5)
+    done = subprocess.run([sys.executable, "run.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "===Summary of student experiment===" in done.stdout
+    assert run.main(runs.arguments(config, tmp_path / "b", "--KD_method", "KD_Token", "--random_s", 5)) == 0
+    assert runs.results(tmp_path / "a") == runs.results(tmp_path / "b")
+    assert {"Results/losses.png", "models/task-2/T_class.pth"} <= set(runs.results(tmp_path / "a"))
 
 
-def test_a_finished_run_says_so_and_evaluates_to_the_same_matrix(images, tmp_path, caplog):
-    flags = arguments(images, tmp_path / "run", "DualPrompt", "KD_Token")
-    assert main(flags) == 0
-    before = (tmp_path / "run" / "Results" / "metrics.json").read_bytes()
-    caplog.clear()
-    assert main(flags) == 0
-    assert "finished" in caplog.text and "Task 1/2" not in caplog.text
-    assert main(["--eval_only", "--log_dir", str(tmp_path / "run"), "--gpuid", "-1"]) == 0  # 1 where they differ
-    assert (tmp_path / "run" / "Results" / "metrics.json").read_bytes() == before
+def test_other_seeds_give_other_results(config, tmp_path):
+    for seed in (1, 2):
+        argv = runs.arguments(config, tmp_path / str(seed), "--random_s", seed, "--max_task", 1, "--schedule", 1)
+        with runs.quick():
+            assert run.main(argv) == 0
+    one, other = (runs.results(tmp_path / str(seed)) for seed in (1, 2))
+    for name in ("Results/metrics.json", "models/task-1/T_class.pth", "models/task-1/S_class.pth"):
+        assert one[name] != other[name]
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level packages that a file imports, also within functions."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
-    return names
+def test_settings_are_a_configuration(config, tmp_path):
+    """``args.yaml`` of a run starts the same run elsewhere."""
+    flags = ("--KD_method", "DKD", "--max_task", 1, "--schedule", 1, "--lr", "3e-3")
+    with runs.quick():
+        assert run.main(runs.arguments(config, tmp_path / "a", *flags)) == 0
+        assert run.main(runs.arguments(tmp_path / "a/args.yaml", tmp_path / "b")) == 0
+    assert runs.results(tmp_path / "a") == runs.results(tmp_path / "b")
 
 
-def test_imports_go_one_way():
-    for package, layer in LAYERS.items():
-        files = [PROJECT / "run.py"] if package == "run" else list((PROJECT / package).rglob("*.py"))
-        assert files
-        for path in files:
-            for name in imported(path) & LAYERS.keys() - {package}:
-                assert LAYERS[name] < layer, f"{path.relative_to(PROJECT)} imports {name}"
+def test_usual_options_together(config, tmp_path):
+    """Replay with weights, plain pictures, a shuffled order, another schedule, a validation split."""
+    flags = ("--memory", 4, "--DW", 1, "--train_aug", 0, "--class_order", "shuffled", "--schedule", 1, 2,
+             "--schedule_type", "decay", "--validation", 1, "--batch_size", 3, "--optimizer", "RMSprop")  # fmt: skip
+    with runs.quick():
+        assert run.main(runs.arguments(config, tmp_path / "run", *flags)) == 0
+
+
+def test_upper_bound(config, tmp_path):
+    flags = ("--upper_bound_flag", 1, "--schedule", 1, "--KD_method", "none")
+    with runs.quick():
+        assert run.main(runs.arguments(config, tmp_path / "run", *flags)) == 0
+    assert json.loads((tmp_path / "run/Results/metrics.json").read_text())["classes"] == [[0, 4]]
+
+
+def test_the_entry_point_loads_no_torch():
+    """The help, configurations that cannot run and finished runs must not wait for it."""
+    script = "import sys, run, learners.experiment; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
