@@ -1,0 +1,282 @@
+"""Whole runs in several processes: what comes out, what is written, and how they end."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import run
+from learners import check
+from tests import runs
+from tests.processes import ROOT, Group
+from utils.checkpoint import RunLock
+from utils.parallel import build_parallel, leave_group
+
+
+def train(*command_lines):
+    """``run.py`` with the one command line, or with that of this process's rank."""
+    with runs.quick():
+        sys.exit(run.main(command_lines[int(os.environ["RANK"]) % len(command_lines)]))
+
+
+def train_in_group(size, *command_lines):
+    """Exit codes and outputs, by rank."""
+    with Group(size, train, *command_lines) as group:
+        codes, _, outputs = zip(*group.outcomes(), strict=True)
+    return list(codes), outputs
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Configuration of a run of a second, and the folder of one that a single process has finished."""
+    root = tmp_path_factory.mktemp("small")
+    config = runs.make(root)
+    with runs.quick():
+        assert run.main(runs.arguments(config, root / "alone")) == 0
+    return config, root / "alone"
+
+
+def metrics_of(folder):
+    return json.loads((folder / "Results/metrics.json").read_text())
+
+
+def assert_same_results(folder, expected):
+    """The same accuracies, and losses equal but for what another order of sums does to them."""
+    ours, theirs = metrics_of(folder), metrics_of(expected)
+    for role in ("teacher", "student"):
+        assert ours[role] == theirs[role]
+        for own_task, task in zip(ours["losses"][role], theirs["losses"][role], strict=True):
+            for own_epoch, epoch in zip(own_task, task, strict=True):
+                assert own_epoch == pytest.approx(epoch, rel=1e-2, abs=1e-3)
+        for own_task, task in zip(ours["prompt_usage"][role], theirs["prompt_usage"][role], strict=True):
+            for layer, values in task.items():
+                assert own_task[layer] == pytest.approx(values, rel=1e-2, abs=1e-3)
+    for name in ("Results/acc.csv", "Results/acc_s.csv"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_learn_what_one_learns(size, small, tmp_path):
+    """The six test images of a task do not divide by four."""
+    config, alone = small
+    codes, outputs = train_in_group(size, runs.arguments(config, tmp_path / "run"))
+    assert codes == [0] * size, outputs
+    assert_same_results(tmp_path / "run", alone)
+    assert set(outputs[1:]) == {""}
+    assert runs.snapshot(tmp_path / "run").keys() == runs.snapshot(alone).keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_repeated_runs_share_one_group(small, tmp_path):
+    codes, outputs = train_in_group(2, runs.arguments(small[0], tmp_path / "run", "--repeat", 2, "--max_task", 1))
+    assert codes == [0, 0], outputs
+    assert json.loads((tmp_path / "run/repeat.json").read_text())["seeds"] == [1, 2]
+    assert "2 seeds" in outputs[0] and outputs[1] == ""
+
+
+def test_what_is_no_training_runs_in_the_first_process(small, tmp_path):
+    config, alone = small
+    shutil.copytree(alone, tmp_path / "run")
+    codes, outputs = train_in_group(2, ["--eval_only", "--log_dir", str(tmp_path / "run"), "--gpuid", "-1"])
+    assert codes == [0, 0], outputs
+    assert "accuracy matrices equal" in outputs[0] and outputs[1] == ""
+
+
+# -------------------------------------------------------------------------------------- ends before the start
+
+
+def test_finished_run_ends_all_processes(small, tmp_path):
+    config, alone = small
+    shutil.copytree(alone, tmp_path / "run")
+    before = runs.snapshot(tmp_path / "run")
+    codes, outputs = train_in_group(2, runs.arguments(config, tmp_path / "run"))
+    assert codes == [0, 0], outputs
+    assert "holds a finished run" in outputs[0] and outputs[1] == ""
+    assert runs.snapshot(tmp_path / "run") == before
+
+
+def test_other_settings_are_refused_by_all_processes(small, tmp_path):
+    config, alone = small
+    shutil.copytree(alone, tmp_path / "run")
+    codes, outputs = train_in_group(2, runs.arguments(config, tmp_path / "run", "--lr", 0.5))
+    assert codes == [2, 2]
+    assert "other settings (lr 0.01 -> 0.5)" in outputs[0] and outputs[1] == ""
+
+
+def test_folder_in_use_is_refused_by_all_processes(small, tmp_path):
+    (tmp_path / "run").mkdir()
+    with RunLock(tmp_path / "run"):
+        codes, outputs = train_in_group(2, runs.arguments(small[0], tmp_path / "run"))
+    assert codes == [2, 2]
+    assert f"in use by process {os.getpid()}" in outputs[0] and outputs[1] == ""
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--random_s", "7"], "process 1 has other settings than process 0"),
+    (["--s_weights", "{root}/teacher.pth"], "process 1 has other settings and backbones than process 0"),
+    (["--t_weights", "{root}/small.yaml"], "process 1: "),
+])  # fmt: skip
+def test_processes_that_would_compute_something_else_are_refused(more, words, small, tmp_path):
+    config, _ = small
+    command = runs.arguments(config, tmp_path / "run")
+    other = command + [word.format(root=config.parent) for word in more]
+    codes, outputs = train_in_group(2, command, other)
+    assert codes == [2, 2], outputs
+    assert words in outputs[0] and outputs[1] == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_in_flags_are_named_once(small, tmp_path):
+    codes, outputs = train_in_group(2, runs.arguments(small[0], tmp_path / "run", "--batch_size", 5))
+    assert codes == [2, 2]
+    assert "--batch_size 5 does not divide by the 2 processes: use 4 or 6" in outputs[0] and outputs[1] == ""
+
+
+def problems(monkeypatch, gpus=0, **settings):
+    monkeypatch.setattr(check, "cuda_devices", lambda: gpus)
+    config = check.parse_config(["--config", str(ROOT / "configs/emoji-r_prompt.yaml"), "--log_dir", "unused"]).config()
+    return "\n".join(check.check(check.dataclasses.replace(config, **settings)))
+
+
+def test_processes_without_a_device_of_their_own_are_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert "RANK is set, but not MASTER_ADDR, MASTER_PORT: start the processes by torchrun" in problems(monkeypatch)
+    for name, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert problems(monkeypatch) == problems(monkeypatch, gpus=4) == ""
+    assert "4 processes on this machine need a GPU each, but there are 2 on this machine" in problems(monkeypatch, 2)
+    assert "there are 2 of --gpuid: start at most 2" in problems(monkeypatch, 8, gpuid=(0, 1))
+    assert problems(monkeypatch, gpus=2, gpuid=(-1,)) == problems(monkeypatch, gpus=2, device="cpu") == ""
+    monkeypatch.setattr(check.sys, "platform", "darwin")
+    assert "--device mps works in a single process" in problems(monkeypatch, device="mps")
+
+
+# ------------------------------------------------------------------------------------ ends in the middle
+
+LONGER = ["--schedule", "10"]
+
+
+@pytest.fixture(scope="module")
+def longer(small):
+    """A longer run in a single process."""
+    config, alone = small
+    folder = alone.with_name("longer")
+    with runs.quick():
+        assert run.main(runs.arguments(config, folder, *LONGER)) == 0
+    return config, folder
+
+
+@pytest.mark.parametrize("first, then", [(2, 4), (4, 1)])
+def test_stopped_run_goes_on_with_another_number_of_processes(first, then, longer, tmp_path):
+    config, expected = longer
+    command = runs.arguments(config, tmp_path / "run", *LONGER)
+    with Group(first, train, command) as group:
+        group.wait_for("After task 1/2")
+        for rank in range(first):
+            group.send(signal.SIGTERM, rank)
+        outcomes = group.outcomes(timeout=60)
+    assert [outcome.code for outcome in outcomes] == [143] * first, outcomes
+    assert "the same command goes on from here" in outcomes[0].output
+    assert metrics_of(tmp_path / "run")["tasks_done"] == 1
+    codes, outputs = train_in_group(then, command)
+    assert codes == [0] * then, outputs
+    assert "Going on at task 2" in outputs[0]
+    assert_same_results(tmp_path / "run", expected)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_process_ends_the_run_and_the_next_start_goes_on(victim, longer, tmp_path):
+    config, expected = longer
+    command = runs.arguments(config, tmp_path / "run", *LONGER)
+    with Group(2, train, command) as group:
+        group.wait_for("After task 1/2")
+        group.send(signal.SIGKILL, victim)
+        outcomes = group.outcomes(timeout=60)
+    assert outcomes[victim].code == -signal.SIGKILL
+    assert outcomes[1 - victim].code == 1
+    assert f"Process {1 - victim}: another process of this run is gone" in outcomes[1 - victim].output
+    codes, outputs = train_in_group(2, command)
+    assert codes == [0, 0], outputs
+    assert_same_results(tmp_path / "run", expected)
+
+
+# ------------------------------------------------------------------------------------------ several hosts
+
+
+def on_host(names, interface):
+    """Join the group from a network of this rank's own, and measure what goes over it."""
+    with open(f"/run/netns/{names[int(os.environ['RANK'])]}") as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+            raise OSError(ctypes.get_errno(), "setns")
+    from tests.utils.test_parallel import VARIANTS, build, compare, small
+
+    where = build_parallel("cpu", None, timeout_s=60)
+    worst, _, learned = compare(VARIANTS[0], where)
+    phase = build(VARIANTS[0], where).begin_phase("student", small.classes_of(0))
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in phase.parameters)
+    images, targets = small.batch_of(0, torch.float64)
+    volumes = []
+    for _ in range(6):
+        before = bytes_sent(interface)
+        phase.train_step(images, targets)
+        where.gather(None)
+        volumes.append(bytes_sent(interface) - before)
+    leave_group()
+    return worst, learned, trained, sorted(volumes)[3]
+
+
+def bytes_sent(interface):
+    lines = Path("/proc/self/net/dev").read_text().splitlines()
+    return next(int(line.split()[9]) for line in lines if line.strip().startswith(f"{interface}:"))
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces that see each other through a cable and nothing else."""
+    names = [f"cdl{os.getpid()}{letter}" for letter in "ab"]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable0", "netns", names[1])
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable0")
+            ip("-n", name, "link", "set", "cable0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("network namespaces need root and iproute2")
+    else:
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def test_hosts_exchange_the_trained_parameters_and_nothing_else(hosts):
+    environment = {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": "cable0"}
+    with Group(2, on_host, hosts, "cable0", **environment) as group:
+        outcomes = group.outcomes()
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    for worst, learned, trained, volume in (outcome.result for outcome in outcomes):
+        assert worst < 1e-9
+        assert learned == outcomes[0].result[1]
+        # Each of two hosts sends as many bytes as it has gradients, and headers of packets and messages.
+        assert trained < volume < 1.1 * trained + 10_000
