@@ -280,3 +280,112 @@ def test_hosts_exchange_the_trained_parameters_and_nothing_else(hosts):
         assert learned == outcomes[0].result[1]
         # Each of two hosts sends as many bytes as it has gradients, and headers of packets and messages.
         assert trained < volume < 1.1 * trained + 10_000
+
+
+# ----------------------------------------------------------------------------------------------- launchers
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes through Linux's /proc")
+def test_torchrun_ends_with_a_killed_process_and_goes_on(longer, tmp_path):
+    """The launcher itself, which takes long to load: all of a run's life in one test."""
+    config, expected = longer
+    script = str(ROOT / "experiments/torchrun.sh")
+    command = ["bash", script, "2", *runs.arguments(config, tmp_path / "run", *LONGER)]
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    joined = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **joined) as call:
+        for line in call.stdout:
+            if "After task 1/2" in line:
+                break
+        children = Path(f"/proc/{call.pid}/task/{call.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        rest = call.stdout.read()
+    assert call.returncode == 1 and "another process of this run is gone" in rest, rest
+    done = subprocess.run(command, env=environment, check=False, **joined)
+    assert done.returncode == 0 and "Going on at task 2" in done.stdout, done.stdout
+    assert_same_results(tmp_path / "run", expected)
+
+
+SRUN = r"""#!/bin/bash
+# srun for three tasks: runs the command in each and hands SIGTERM on; the highest exit code is its own.
+while [ "${1#--}" != "$1" ]; do shift; done
+tasks=()
+trap 'kill -TERM "${tasks[@]}"' TERM
+for task in 0 1 2; do
+    SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) SLURM_NTASKS=3 "$@" &
+    tasks+=($!)
+done
+highest=0
+for task in "${tasks[@]}"; do
+    wait "$task"
+    code=$?
+    while kill -0 "$task" 2>/dev/null; do wait "$task"; code=$?; done
+    [ "$code" -gt "$highest" ] && highest=$code
+done
+exit "$highest"
+"""
+SCONTROL = r"""#!/bin/sh
+[ "$1 $2" = "show hostnames" ] && printf 'node7\nnode8\n' || echo "$@" >>"$CALLS"
+"""
+PYTHON = r"""#!/bin/bash
+# A Python that writes down what it is to do, and then does as ENDS says: ends with that code, or waits for SIGTERM.
+trap 'echo saved >>"$CALLS"; exit 143' TERM
+printf 'rank %s of %s, %s on its node, %s:%s, %s threads, [%s]\n' "$RANK" "$WORLD_SIZE" "$LOCAL_RANK" "$MASTER_ADDR" \
+    "$MASTER_PORT" "$OMP_NUM_THREADS" "$*" >>"$CALLS"
+[ "$ENDS" = wait ] || { [ "$RANK" = 1 ] && exit "$ENDS"; exit 0; }
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Starts the job script as SLURM does: a copy of it, without the project around."""
+    tools, project = tmp_path / "bin", tmp_path / "my project"
+    tools.mkdir()
+    project.mkdir()
+    (project / "run.py").touch()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", PYTHON)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    shutil.copy(ROOT / "experiments/slurm.sbatch", tmp_path / "slurm_script")
+    calls = tmp_path / "calls"
+
+    def start(ends, **environment):
+        calls.write_text("")
+        variables = {"SLURM_SUBMIT_DIR": project, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": 4000123,
+                     "SLURM_CPUS_PER_TASK": 4, "CALLS": calls, "ENDS": ends, "PYTHON": tools / "python",
+                     "PATH": f"{tools}:{os.environ['PATH']}", **environment}  # fmt: skip
+        return subprocess.Popen(["bash", str(tmp_path / "slurm_script"), "--log_dir", "a b"], cwd=project,
+                                env={name: str(value) for name, value in variables.items()},
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+    start.calls = lambda: calls.read_text().splitlines()
+    start.project = project
+    return start
+
+
+def test_slurm_starts_a_process_for_each_task(slurm):
+    job = slurm(ends=0)
+    assert job.wait(30) == 0, job.stdout.read()
+    assert sorted(slurm.calls()) == [
+        f"rank {rank} of 3, {rank % 2} on its node, node7:20123, 4 threads, [-u {slurm.project}/run.py --log_dir a b]"
+        for rank in range(3)
+    ]
+
+
+@pytest.mark.parametrize("ends, seconds, again", [(2, 900, False), (1, 900, False), (137, 900, True), (137, 5, False),
+                                                  (143, 900, False)])  # fmt: skip
+def test_slurm_queues_again_after_a_death(ends, seconds, again, slurm):
+    """Not after what would happen again: refused or failed training, or a death soon after the start."""
+    job = slurm(ends=ends, SECONDS=seconds)
+    assert job.wait(30) == ends
+    assert ("requeue 4000123" in slurm.calls()) == again
+
+
+def test_slurm_queues_again_when_time_is_over(slurm):
+    job = slurm(ends="wait")
+    while len(slurm.calls()) < 3:
+        assert job.poll() is None
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 143
+    assert slurm.calls()[3:] == ["saved"] * 3 + ["requeue 4000123"]
