@@ -130,6 +130,7 @@ def _run(argv: list[str], output: str, folder: str | None) -> None:
         os.dup2(file, descriptor)
     if folder:
         os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)  # for workers, as where run.py is started by a user
     with quick():
         code = run.main(argv)
     sys.stdout.flush()

@@ -1,0 +1,165 @@
+"""Real processes, really killed: at random moments, by signals, and several at once.
+
+``python -m tests.test_kill KILLS FOLDER`` does the same many times over, for as long as one cares to wait.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+from utils.checkpoint import LOCK, RunFolder
+
+PAIRS = {
+    "CODAPrompt KD_Token": ("--schedule", 1),
+    "DualPrompt FitNets": ("--schedule", 1, "--prompt_param", 4, 4, 4),
+    "L2P none": ("--schedule", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return runs.make(tmp_path_factory.mktemp("small"))
+
+
+def command(config: Path, log_dir: Path, pair: str, workers: int) -> list[str]:
+    pool, kd_method = pair.split()
+    flags = ("--learner_name", pool, "--KD_method", kd_method, *PAIRS[pair], "--workers", workers)
+    return runs.arguments(config, log_dir, *flags)
+
+
+def whole_run(argv: list[str], folder: Path) -> float:
+    """Run to the end; returns the seconds that it took."""
+    started = time.monotonic()
+    process = runs.start(argv, folder.with_suffix(".out"))
+    process.join(300)
+    assert process.exitcode == 0, folder.with_suffix(".out").read_text()
+    return time.monotonic() - started
+
+
+def run_with_kills(argv: list[str], folder: Path, moments: list[float]) -> int:
+    """Start again and again, killing after so many seconds each, at last without; returns the number of kills."""
+    kills = 0
+    for moment in moments:
+        process = runs.start(argv, folder.with_suffix(".out"))
+        process.join(moment)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+        if process.exitcode == 0:
+            return kills
+        assert process.exitcode == -signal.SIGKILL, folder.with_suffix(".out").read_text()
+        readable = RunFolder(folder)
+        readable.open(read_only=True)
+        assert readable.damaged() == []
+    whole_run(argv, folder)
+    return kills
+
+
+@pytest.mark.parametrize(("pair", "workers"), [("CODAPrompt KD_Token", 0), ("L2P none", 2)])
+def test_killed_at_random_moments(pair, workers, config, tmp_path):
+    duration = whole_run(command(config, tmp_path / "whole", pair, workers), tmp_path / "whole")
+    random.seed()  # other moments each time; they show when the test fails
+    moments = [random.uniform(0.1, 0.7) * duration for _ in range(2)]
+    run_with_kills(command(config, tmp_path / "run", pair, workers), tmp_path / "run", moments)
+    assert runs.results(tmp_path / "run") == runs.results(tmp_path / "whole"), moments
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+def wait_for(text: str, file: Path, process) -> None:
+    limit = time.monotonic() + 60
+    while not file.exists() or text not in file.read_text():
+        assert process.is_alive() and time.monotonic() < limit, f"no {text!r} in {file}"
+        time.sleep(0.01)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> None:
+    limit = time.monotonic() + seconds
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}/exe").exists()]:
+        assert time.monotonic() < limit, f"processes {alive} are left"
+        time.sleep(0.05)
+
+
+def test_signals_with_workers(config, tmp_path):
+    """A batch system's SIGTERM reaches everyone; a second one ends at once; no worker outlives its process."""
+    argv = runs.arguments(config, tmp_path / "run", "--schedule", 200, "--workers", 2, "--max_task", 1)
+    log = tmp_path / "run/output.log"
+    process = runs.start(argv, tmp_path / "out")
+    wait_for("epoch 2/200", log, process)
+    workers = children_of(process.pid)
+    assert len(workers) >= 2
+    for pid in [*workers, process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 143 and "stopped by SIGTERM" in log.read_text()
+    wait_until_gone(workers, 20)
+    assert not (tmp_path / "run" / LOCK).exists()
+
+    process = runs.start(argv, tmp_path / "out")
+    wait_for("Going on at task 1, teacher, epoch", log, process)
+    epochs = log.read_text().count("teacher epoch")
+    while log.read_text().count("teacher epoch") == epochs:
+        time.sleep(0.01)
+    workers = children_of(process.pid)
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    wait_until_gone(workers, 20)
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    assert folder.damaged() == [] and folder.newest_state()[0]
+
+
+def test_two_at_the_same_moment(config, tmp_path):
+    argv = command(config, tmp_path / "run", "L2P none", 0)
+    processes = [runs.start(argv, tmp_path / f"out{number}") for number in range(2)]
+    for process in processes:
+        process.join(120)
+    texts = [(tmp_path / f"out{number}").read_text() for number in range(2)]
+    codes = sorted(process.exitcode for process in processes)
+    # Where the first was done before the second began to look, there is nothing to refuse.
+    assert codes == [0, 2] or (codes == [0, 0] and any("finished run" in text for text in texts)), texts
+    if 2 in codes:
+        refused = texts[[process.exitcode for process in processes].index(2)]
+        assert "is in use by process" in refused and "Traceback" not in refused
+    whole_run(command(config, tmp_path / "whole", "L2P none", 0), tmp_path / "whole")
+    assert runs.results(tmp_path / "run") == runs.results(tmp_path / "whole")
+
+
+def campaign(kills: int, root: Path) -> None:
+    """Kill runs of every pair with and without workers at random moments until ``kills`` have hit."""
+    config = runs.make(root / "small")
+    cases, hits = [(pair, workers) for pair in PAIRS for workers in (0, 2)], 0
+    wholes = {}
+    for number in range(10**6):
+        pair, workers = cases[number % len(cases)]
+        if pair not in wholes:
+            whole = root / f"whole-{len(wholes)}"
+            wholes[pair] = whole_run(command(config, whole, pair, 0), whole), runs.results(whole)
+        duration, expected = wholes[pair]
+        folder = root / f"run-{number}"
+        moments = [random.uniform(0.05, 1.1) * duration for _ in range(random.randint(1, 4))]
+        hit = run_with_kills(command(config, folder, pair, workers), folder, moments)
+        hits += hit
+        equal = runs.results(folder) == expected
+        print(f"{pair}, {workers} workers: {hit} kills after {[round(m, 2) for m in moments]} s, equal: {equal}",
+              flush=True)  # fmt: skip
+        assert equal
+        if hits >= kills:
+            break
+    print(f"{hits} kills in {number + 1} runs, all with equal results")
+
+
+if __name__ == "__main__":
+    campaign(int(sys.argv[1]), Path(sys.argv[2]))
