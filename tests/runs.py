@@ -72,14 +72,18 @@ def arguments(config: Path, log_dir: Path | str, *more: object) -> list[str]:
 
 
 def results(log_dir: Path) -> dict[str, str]:
-    """SHA-256 of every file that must not depend on how a run went; ``args.yaml`` without the folder's name."""
+    """SHA-256 of every file that must not depend on how a run went.
+
+    Of ``args.yaml`` the folder and the number of workers are left out.
+    """
     content = {}
     for path in sorted(log_dir.rglob("*")):
         name = path.relative_to(log_dir).as_posix()
         if path.is_file() and name not in NOT_RESULTS and not name.startswith("state/"):
             data = path.read_bytes()
             if name == "args.yaml":
-                data = b"".join(line for line in data.splitlines(True) if not line.startswith(b"log_dir:"))
+                lines = data.splitlines(True)
+                data = b"".join(line for line in lines if not line.startswith((b"log_dir:", b"workers:")))
             content[name] = hashlib.sha256(data).hexdigest()
     return content
 

@@ -140,6 +140,7 @@ def test_two_at_the_same_moment(config, tmp_path):
 def campaign(kills: int, root: Path) -> None:
     """Kill runs of every pair with and without workers at random moments until ``kills`` have hit."""
     config = runs.make(root / "small")
+    runs.start(["--help"], root / "help").join()  # from now on torch is loaded
     cases, hits = [(pair, workers) for pair in PAIRS for workers in (0, 2)], 0
     wholes = {}
     for number in range(10**6):
