@@ -144,8 +144,7 @@ def _train_here(config: Config, folder: RunFolder | None, signals: Signals) -> i
         advice = _advice(error, config)
         if advice is None:
             raise
-        _log.error("%s. The last good state is kept; the same command goes on from it. %s",
-                   str(error).strip().split("\n")[0].rstrip("."), advice)  # fmt: skip
+        _log.error("%s The last good state is kept. (%s)", advice, str(error).strip().split("\n")[0])
         return 1
     return 0
 
@@ -155,12 +154,15 @@ def _advice(error: BaseException, config: Config) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "t allocate memory" in text:
         parts = next((n for n in range(config.accumulate + 1, config.batch_size + 1) if config.batch_size % n == 0), 0)
-        ways = [f"--accumulate {parts} (the same batch in smaller parts)"] if parts else []
-        ways += ["a smaller --batch_size (other results)"] if config.batch_size > 1 else []
-        ways += ["--precision bf16 (nearly the same results)"] if config.precision in ("fp32", "tf32") else []
-        return f"Out of memory: try {', '.join(ways)}" + (", or fewer --workers" if config.workers else "")
+        ways = [f"--accumulate {parts}, the same batch in smaller parts"] if parts else []
+        ways += ["fewer --workers"] if config.workers else []
+        anew = ["a smaller --batch_size"] if config.batch_size > 1 else []
+        anew += ["--precision bf16"] if config.precision in ("fp32", "tf32") else []
+        choices = [f"go on with {' or '.join(ways)}"] if ways else []
+        choices += [f"start a new run with {' or '.join(anew)}"] if anew else []
+        return f"Out of memory: {'; or '.join(choices) or 'use a machine with more of it'}."
     if "DataLoader worker" in text or "shared memory" in text or "shm" in text:
-        return "A process that loads data was ended from outside or had too little memory: try fewer --workers"
+        return "A process that loads data was ended from outside or had too little memory: go on with fewer --workers."
     return None
 
 

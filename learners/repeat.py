@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from learners.record import METRICS
-from utils.checkpoint import write_atomic
+from utils.checkpoint import RunFolderError, write_atomic
 from utils.config import Config
 from utils.metrics import MEASURES, aggregate
 
@@ -29,7 +29,11 @@ def run_repeats(config: Config, train: Callable[[Config], int]) -> int:
     from learners.experiment import is_main_process
 
     if is_main_process():
-        _summarise(config, seeds)
+        try:
+            _summarise(config, seeds)
+        except RunFolderError as error:
+            _log.error("%s", error)
+            return 1
     return 0
 
 

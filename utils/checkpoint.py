@@ -188,15 +188,14 @@ class RunFolder:
         return problems
 
     def _finish_moves(self, names: Iterable[str] | None = None) -> None:
-        """Move what a commit has written into place: ``names``, or whatever an interrupted one has left."""
-        folders = set()
+        """Move what a commit has written into place: ``names``, or whatever an interrupted one has left.
+
+        A power cut may undo this, which is no harm: it is then done again.
+        """
         for name in self.files if names is None else names:
             path = self.root / name
             if names is not None or (_beside(path).exists() and sha256_of(_beside(path)) == self.files[name]):
                 _move(path)
-                folders.add(path.parent)
-        for folder in folders:
-            _flush_folder(folder)
 
     def _remove_leftovers(self) -> None:
         """Remove unfinished files and states that no longer count; nothing depends on it."""
