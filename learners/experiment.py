@@ -161,7 +161,7 @@ def _advice(error: BaseException, config: Config) -> str | None:
         choices = [f"go on with {' or '.join(ways)}"] if ways else []
         choices += [f"start a new run with {' or '.join(anew)}"] if anew else []
         return f"Out of memory: {'; or '.join(choices) or 'use a machine with more of it'}."
-    if "DataLoader worker" in text or "shared memory" in text or "shm" in text:
+    if "DataLoader worker" in text or "shared memory" in text:
         return "A process that loads data was ended from outside or had too little memory: go on with fewer --workers."
     return None
 
