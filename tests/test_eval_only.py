@@ -1,5 +1,6 @@
 """A finished run is used: evaluated again, exported, asked about images; nothing in it changes."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -138,16 +139,18 @@ class TestEvaluateOnly:
         assert "holds no learned task yet" in capsys.readouterr().err
 
 
-class TestIndependence:
-    @pytest.fixture(scope="class")
-    def parts(self, folder, config):
-        argv = ["--eval_only", "--log_dir", str(folder), "--gpuid", "-1"]
-        with assemble.assemble(load_checked_config(argv)) as parts:
-            opened = RunFolder(folder)
-            opened.open(read_only=True)
-            actions.load_task(parts.learner, opened, 1, parts.learner.phases)
-            yield parts
+@contextlib.contextmanager
+def trained(folder):
+    """The parts of a run with its models as they were after the second task."""
+    config = load_checked_config(["--eval_only", "--log_dir", str(folder), "--gpuid", "-1"])
+    with assemble.assemble(config) as parts:
+        opened = RunFolder(folder)
+        opened.open(read_only=True)
+        actions.load_task(parts.learner, opened, 1, parts.learner.phases)
+        yield parts
 
+
+class TestIndependence:
     def predictions(self, parts, **options):
         """Logits of both models for all test images."""
         step, logits = parts.learner.eval_step(), []
@@ -160,26 +163,23 @@ class TestIndependence:
             data.close()
         return {role: torch.cat([batch[role] for batch in logits]) for role in ("teacher", "student")}
 
-    def test_batch_size_and_workers(self, parts):
-        expected = self.predictions(parts, eval_batch_size=64)
-        assert expected["student"].shape == (12, 4)
-        for options in ({"eval_batch_size": 1}, {"eval_batch_size": 7}, {"eval_batch_size": 5, "workers": 2}):
-            found = self.predictions(parts, **options)
-            for role in expected:
-                torch.testing.assert_close(found[role], expected[role], atol=1e-5, rtol=1e-5)
-                assert torch.equal(found[role].argmax(1), expected[role].argmax(1))
+    def test_batch_size_and_workers(self, folder):
+        with trained(folder) as parts:
+            expected = self.predictions(parts, eval_batch_size=64)
+            assert expected["student"].shape == (12, 4)
+            for options in ({"eval_batch_size": 1}, {"eval_batch_size": 7}, {"eval_batch_size": 5, "workers": 2}):
+                found = self.predictions(parts, **options)
+                for role in expected:
+                    torch.testing.assert_close(found[role], expected[role], atol=1e-5, rtol=1e-5)
+                    assert torch.equal(found[role].argmax(1), expected[role].argmax(1))
 
 
 class TestExport:
     def evaluated(self, folder, files):
         """The student's logits as evaluation computes them."""
-        config = load_checked_config(["--eval_only", "--log_dir", str(folder), "--gpuid", "-1"])
         facts = json.loads((folder / "classes.json").read_text())
         images = torch.cat([actions._load_image(file, facts) for file in files])
-        with assemble.assemble(config) as parts:
-            opened = RunFolder(folder)
-            opened.open(read_only=True)
-            actions.load_task(parts.learner, opened, 1, parts.learner.phases)
+        with trained(folder) as parts:
             return images, parts.learner.eval_step().logits(images, 4)["student"]
 
     @pytest.mark.parametrize("pool", POOLS)
