@@ -206,6 +206,11 @@ def _device_problems(config: Config) -> list[str]:
     if missing:
         have = "only GPU 0" if count == 1 else f"only GPUs 0 to {count - 1}"
         return [f"{asked}: there is no GPU {missing} here, {have}"]
+    if config.compile and len(ids) > 1 and "RANK" not in os.environ:
+        return [
+            f"--compile works with one GPU in each process: leave it out, or let {len(ids)} processes use the GPUs by"
+            f" bash experiments/torchrun.sh {len(ids)}"
+        ]
     return []
 
 

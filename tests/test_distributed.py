@@ -166,6 +166,13 @@ def test_processes_without_a_device_of_their_own_are_refused(monkeypatch):
     assert "--device mps works in a single process" in problems(monkeypatch, device="mps")
 
 
+def test_compiled_steps_need_a_process_for_each_gpu(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    found = problems(monkeypatch, gpus=2, gpuid=(0, 1), compile=True)
+    assert "leave it out, or let 2 processes use the GPUs by bash experiments/torchrun.sh 2" in found
+    assert problems(monkeypatch, gpus=2, gpuid=(1,), compile=True) == ""
+
+
 # ------------------------------------------------------------------------------------ ends in the middle
 
 LONGER = ["--schedule", "10"]
