@@ -162,10 +162,10 @@ class Trainer:
         for role, data in models.items():
             self.learner.load_state(role, from_bytes(data))
         if position.task < self.num_tasks:
-            _log.info("Going on at %s", self._describe(position))
+            _log.info("Going on at %s", self._place(position))
         return position
 
-    def _describe(self, position: Position) -> str:
+    def _place(self, position: Position) -> str:
         parts = [*self.learner.phases, "evaluation"]
         where = f"task {position.task + 1}, {parts[position.phase]}"
         trains = position.phase < len(self.learner.phases)
