@@ -278,8 +278,7 @@ def hosts():
 
 
 def test_hosts_exchange_the_trained_parameters_and_nothing_else(hosts):
-    environment = {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": "cable0"}
-    with Group(2, on_host, hosts, "cable0", **environment) as group:
+    with Group(2, on_host, hosts, "cable0", MASTER_ADDR="10.77.0.1") as group:
         outcomes = group.outcomes()
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     for worst, learned, trained, volume in (outcome.result for outcome in outcomes):

@@ -10,6 +10,9 @@ import contextlib
 import datetime
 import inspect
 import os
+import socket
+import struct
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -20,6 +23,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 # A process that does not answer for this long is given up by the others. A process that dies is noticed at once,
 # unless its whole machine or network goes without a word. Reading a batch, saving and evaluating take less.
 TIMEOUT_S = 300.0
+
+_SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
 
 # What keeps DDP from sending buffers before each step has a new name in newer versions of torch.
 _OPTIONS = inspect.signature(DistributedDataParallel).parameters
@@ -121,6 +126,8 @@ class Distributed:
         self.device = device
         if not torch.distributed.is_initialized():
             on_gpu = device.type == "cuda"
+            if not on_gpu and (interface := interface_towards(os.environ.get("MASTER_ADDR", ""))):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             torch.distributed.init_process_group(
                 "nccl" if on_gpu else "gloo",
                 timeout=datetime.timedelta(seconds=timeout_s),
@@ -166,6 +173,30 @@ class Distributed:
         values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value)
         return values
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface through which this machine reaches ``host``; None for itself, or if it cannot be told.
+
+    Left to itself gloo takes the address of this machine's own name, which on many machines is 127.0.0.1.
+    """
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            address = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                request = struct.pack("256s", name.encode())
+                with contextlib.suppress(OSError):  # an interface without an address
+                    own = fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24]
+                    if socket.inet_ntoa(own) == address and not address.startswith("127."):
+                        return name
+    except OSError:
+        pass
+    return None
 
 
 def leave_group() -> None:

@@ -22,7 +22,15 @@ from learners.prompt import is_count
 from models.prompts import PROMPTS
 from tests.learners import small
 from tests.processes import Group
-from utils.parallel import SeveralGPUs, SingleDevice, build_parallel, choose_device, leave_group, lost_process
+from utils.parallel import (
+    SeveralGPUs,
+    SingleDevice,
+    build_parallel,
+    choose_device,
+    interface_towards,
+    leave_group,
+    lost_process,
+)
 
 BATCH = 12  # divides by 2, 3 and 4
 # An orthogonality penalty and prompts on several blocks, which the tables' values do not switch on.
@@ -267,6 +275,11 @@ def test_replicas_count_the_same_answers(images, data_parallel_on_cpu):
 def test_device_of_a_process(device, gpuids, local_rank, gpus, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     assert choose_device(device, gpuids, local_rank) == torch.device(chosen)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "", "256.0.0.1"])
+def test_no_interface_leads_to_this_machine_or_nowhere(host):
+    assert interface_towards(host) is None
 
 
 def test_kind_of_parallelism(monkeypatch):
