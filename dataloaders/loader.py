@@ -13,6 +13,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -175,7 +176,7 @@ class DataPipeline:
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=partial(_begin_worker, os.getpid()),
             generator=torch.Generator(),  # the loader draws a base seed; it must not come from the global one
         )
         self._end = weakref.finalize(self, _end_workers, self._loader)
@@ -275,18 +276,29 @@ def _as_it_is(batch: Batch | BadImageError) -> Batch | BadImageError:
     return batch
 
 
-def _ignore_signals(worker: int) -> None:
+def _begin_worker(main: int, worker: int) -> None:
     """Leave stopping to the main process: it ends its workers itself after it has saved what it has.
 
-    SIGTERM is taken from the parent alone, since a terminal or a batch system sends it to everyone.
+    SIGTERM is taken from process ``main`` alone, since a terminal or a batch system sends it to everyone. A worker
+    also ends when ``main`` is gone, which torch notices only where workers are its children from the start.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    if hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(main,), daemon=True).start()
 
 
-def _wait_for_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+def _end_with(main: int) -> None:
+    while _lives(main):
+        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if received is not None and received.si_pid == main:
+            break
     os._exit(0)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

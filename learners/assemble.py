@@ -136,25 +136,28 @@ def make_learner(
     """Teacher, student and KD method of a configuration."""
     vits = {role: backbone.vit for role, backbone in backbones.items()}
     _check_sizes(config, vits)
-    return build_learner(
-        learner_name=config.learner_name,
-        prompt_param=config.prompt_param,
-        kd_method=config.kd_method,
-        distill=DistillSettings(config.kd_alpha, config.temperature, *config.kd_prompt_param),
-        teacher_vit=vits.get("teacher"),
-        student_vit=vits["student"],
-        num_classes=num_classes,
-        num_tasks=num_tasks,
-        optim=OptimSettings(
-            config.optimizer, config.lr, config.momentum, config.weight_decay, config.schedule_type,
-            config.schedule,
-        ),
-        aux_loss_scale=config.aux_loss_scale,
-        seed=config.seed,
-        parallel=parallel,
-        accumulate=config.accumulate,
-        compile_step=compiled if config.compile else None,
-    )  # fmt: skip
+    try:
+        return build_learner(
+            learner_name=config.learner_name,
+            prompt_param=config.prompt_param,
+            kd_method=config.kd_method,
+            distill=DistillSettings(config.kd_alpha, config.temperature, *config.kd_prompt_param),
+            teacher_vit=vits.get("teacher"),
+            student_vit=vits["student"],
+            num_classes=num_classes,
+            num_tasks=num_tasks,
+            optim=OptimSettings(
+                config.optimizer, config.lr, config.momentum, config.weight_decay, config.schedule_type,
+                config.schedule,
+            ),
+            aux_loss_scale=config.aux_loss_scale,
+            seed=config.seed,
+            parallel=parallel,
+            accumulate=config.accumulate,
+            compile_step=compiled if config.compile else None,
+        )  # fmt: skip
+    except ValueError as error:  # a pool that cannot be built
+        raise ConfigError([f"--prompt_param of {config.learner_name}: {error}"]) from error
 
 
 def compiled(step: nn.Module) -> nn.Module:

@@ -296,7 +296,8 @@ def _option(
 
 RUN, METHOD, MODELS, DATA = "Run", "Method", "Models", "Data"
 TRAINING, DEVICES, LOGGING, USE = "Training", "Devices", "Logging", "Instead of training"
-_HARDWARE = ("gpuid", "device")
+# What a saved args.yaml says of the machine and the start of its run, of no meaning to the use of its models.
+_OF_TRAINING = ("gpuid", "device", "init_from")
 _NEEDED = ("dataset", "first_split_size", "other_split_size", "schedule")
 _EXAMPLE_CONFIG = "configs/emoji-r_prompt.yaml"
 _ON_A_RUN = ("eval_only", "export", "predict")
@@ -593,7 +594,7 @@ def _split_flags(argv: Sequence[str], problems: list[str]) -> dict[str, list[str
 def _read_yaml(path: Path, parsed: Parsed, *, saved: bool) -> bool:
     """Read a YAML file into ``parsed`` and say whether that was possible.
 
-    A file ``saved`` by a run may come from a machine with other devices, so these are left out.
+    A file ``saved`` by a run may come from a machine with other devices and folders, so these are left out.
     """
     if saved and not path.exists():
         parsed.problems.append(f"--log_dir: {path.parent} is not the folder of a run, it has no {path.name}")
@@ -613,7 +614,7 @@ def _read_yaml(path: Path, parsed: Parsed, *, saved: bool) -> bool:
         elif value is None and option.default is not None:
             parsed.wrong.add(option.name)
             parsed.problems.append(f"{key} in {path} has no value; it must be {option.rule.describe()}")
-        elif value is not None and not (saved and key in _HARDWARE):
+        elif value is not None and not (saved and key in _OF_TRAINING):
             parsed.read(option, f"{key} in {path}", value if isinstance(value, list) else [value])
     return True
 
