@@ -225,11 +225,16 @@ def test_killed_process_ends_the_run_and_the_next_start_goes_on(victim, longer, 
 # ------------------------------------------------------------------------------------------ several hosts
 
 
-def on_host(names, interface):
-    """Join the group from a network of this rank's own, and measure what goes over it."""
+def move_to_host(names):
+    """Put this process into the network namespace of its rank."""
     with open(f"/run/netns/{names[int(os.environ['RANK'])]}") as namespace:
         if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
             raise OSError(ctypes.get_errno(), "setns")
+
+
+def on_host(names, interface):
+    """Join the group from a host of this process's own, and measure what goes over the network."""
+    move_to_host(names)
     from tests.utils.test_parallel import VARIANTS, build, compare, small
 
     where = build_parallel("cpu", None, timeout_s=60)
@@ -286,6 +291,20 @@ def test_hosts_exchange_the_trained_parameters_and_nothing_else(hosts):
         assert learned == outcomes[0].result[1]
         # Each of two hosts sends as many bytes as it has gradients, and headers of packets and messages.
         assert trained < volume < 1.05 * trained + 6_000
+
+
+def join_from_host(names):
+    move_to_host(names)
+    build_parallel("cpu", None, timeout_s=2)
+
+
+def test_hosts_that_do_not_find_each_other_end(hosts):
+    """gloo itself would wait five times its timeout."""
+    with Group(2, join_from_host, hosts, MASTER_ADDR="10.77.0.1", GLOO_SOCKET_IFNAME="lo") as group:
+        outcomes = group.outcomes(timeout=60)
+    assert [outcome.code for outcome in outcomes] == [1, 1]
+    assert "connectFullMesh failed" in outcomes[0].output
+    assert "Process 1: the processes of this run have not found each other" in outcomes[1].output
 
 
 # ----------------------------------------------------------------------------------------------- launchers

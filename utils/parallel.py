@@ -13,7 +13,8 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 # unless its whole machine or network goes without a word. Reading a batch, saving and evaluating take less.
 TIMEOUT_S = 300.0
 
+_NOT_MET = (
+    "the processes of this run have not found each other: they must all be started, and reach each other over the "
+    "network interface GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME on GPUs)"
+)
 _SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
 
 # What keeps DDP from sending buffers before each step has a new name in newer versions of torch.
@@ -128,11 +133,12 @@ class Distributed:
             on_gpu = device.type == "cuda"
             if not on_gpu and (interface := interface_towards(os.environ.get("MASTER_ADDR", ""))):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-            torch.distributed.init_process_group(
-                "nccl" if on_gpu else "gloo",
-                timeout=datetime.timedelta(seconds=timeout_s),
-                device_id=device if on_gpu else None,
-            )
+            with _end_after(timeout_s + 5, _NOT_MET):
+                torch.distributed.init_process_group(
+                    "nccl" if on_gpu else "gloo",
+                    timeout=datetime.timedelta(seconds=timeout_s),
+                    device_id=device if on_gpu else None,
+                )
         self.rank = torch.distributed.get_rank()
         self.world_size = self.replicas = torch.distributed.get_world_size()
 
@@ -173,6 +179,23 @@ class Distributed:
         values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value)
         return values
+
+
+@contextlib.contextmanager
+def _end_after(seconds: float, problem: str) -> Iterator[None]:
+    """End the process if the block takes longer: gloo waits five times its timeout for others to connect."""
+
+    def end() -> None:
+        os.write(2, f"ERROR: Process {os.environ['RANK']}: {problem}\n".encode())
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def interface_towards(host: str) -> str | None:
