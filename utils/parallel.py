@@ -43,13 +43,11 @@ class Parallel(Protocol):
         device: where batches go and parameters live.
         rank: index of this process.
         world_size: number of processes, each of which loads its rows of every global batch.
-        replicas: number of parts in which a global batch is computed.
     """
 
     device: torch.device
     rank: int
     world_size: int
-    replicas: int
 
     def wrap(self, step: nn.Module) -> nn.Module:
         """Return the step as it is to be called, on this process's rows."""
@@ -63,9 +61,6 @@ class Parallel(Protocol):
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all processes."""
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over all processes."""
-
     def broadcast(self, value: Any) -> Any:
         """The first process's value, on all processes."""
 
@@ -78,7 +73,6 @@ class SingleDevice:
 
     rank = 0
     world_size = 1
-    replicas = 1
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -95,9 +89,6 @@ class SingleDevice:
     def sum(self, values: Tensor) -> Tensor:
         return values
 
-    def mean(self, values: Tensor) -> Tensor:
-        return values
-
     def broadcast(self, value: Any) -> Any:
         return value
 
@@ -111,7 +102,6 @@ class SeveralGPUs(SingleDevice):
     def __init__(self, gpuids: Sequence[int]) -> None:
         super().__init__(torch.device("cuda", gpuids[0]))
         self.gpuids = list(gpuids)
-        self.replicas = len(self.gpuids)
 
     def wrap(self, step: nn.Module) -> nn.Module:
         return DataParallel(step, device_ids=self.gpuids)
@@ -140,7 +130,7 @@ class Distributed:
                     device_id=device if on_gpu else None,
                 )
         self.rank = torch.distributed.get_rank()
-        self.world_size = self.replicas = torch.distributed.get_world_size()
+        self.world_size = torch.distributed.get_world_size()
 
     def wrap(self, step: nn.Module) -> nn.Module:
         """A new reducer for what is trained now; nothing else is sent, neither now nor later.
@@ -166,9 +156,6 @@ class Distributed:
         values = values.clone()
         torch.distributed.all_reduce(values)
         return values
-
-    def mean(self, values: Tensor) -> Tensor:
-        return self.sum(values) / self.world_size
 
     def broadcast(self, value: Any) -> Any:
         box = [value]

@@ -214,10 +214,10 @@ class Replicas(nn.Module):
 class OnReplicas(SingleDevice):
     def __init__(self, parts: int) -> None:
         super().__init__(torch.device("cpu"))
-        self.replicas = parts
+        self.parts = parts
 
     def wrap(self, step: nn.Module) -> nn.Module:
-        return Replicas(step, self.replicas)
+        return Replicas(step, self.parts)
 
 
 @pytest.fixture
@@ -289,7 +289,7 @@ def test_kind_of_parallelism(monkeypatch):
     assert type(build_parallel(None, (1,))) is SingleDevice
     several = build_parallel(None, (1, 3))
     assert isinstance(several, SeveralGPUs)
-    assert (several.device, several.replicas, several.world_size) == (torch.device("cuda:1"), 2, 1)
+    assert (several.device, several.gpuids, several.world_size) == (torch.device("cuda:1"), [1, 3], 1)
     monkeypatch.setenv("RANK", "1")
     assert type(build_parallel(None, (-1,), alone=True)) is SingleDevice
 
