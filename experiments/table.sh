@@ -13,7 +13,7 @@
 #   --jobs      runs at a time, with one thread each if there are several (1)
 #   --out       folder of runs and report (outputs/table/DATASET in the project's folder)
 #
-# Started again it skips the finished runs and goes on with the others; runs with other flags belong into another
+# KD methods with the same learner and seed share their teacher (--teacher_from). Started again it skips the finished runs and goes on with the others; runs with other flags belong into another
 # folder. A run that fails stops the table. Ends with FOLDER/report/report.html.
 set -eu
 . "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
@@ -34,8 +34,13 @@ run_cell() {
     large-base) models=(--t_model vit_large_patch16_224 --s_model vit_base_patch16_224 --batch_size 32) ;;
     esac
     local folder=$out/$pair/$learner/$name/seed-$seed what="$pair $learner $name, seed $seed"
-    # Flags that take the teacher from another run with this learner and seed instead of training it again.
-    local teacher=()
+    # The teachers of the KD method with the same learner and seed that has most of them need no second training.
+    local teacher=() most=0 other number
+    for other in "$out/$pair/$learner"/*/"seed-$seed"; do
+        [ "$method" != none ] && [ "$other" != "$folder" ] || continue
+        number=$(find "$other/models" -name T_class.pth 2>/dev/null | wc -l)
+        if [ "$number" -gt "$most" ]; then most=$number teacher=(--teacher_from "$other"); fi
+    done
     if grep -q '"complete": true' "$folder/manifest.json" 2>/dev/null; then
         echo "$what: finished before"
         return

@@ -18,6 +18,7 @@ from pathlib import Path
 from dataloaders import DATASETS
 from dataloaders.preflight import count_classes, preflight
 from learners.distillers import DISTILLERS, Setting
+from learners.teachers import TrainedTeachers
 from models.pretrained import missing_weights
 from models.prompts import PROMPTS
 from models.sizes import ViTSize, known_size, name_problem
@@ -48,6 +49,9 @@ def load_checked_config(argv: Sequence[str]) -> Config:
         raise ConfigError(problems + missing_files)
     if config.prompt_param is None:
         config = dataclasses.replace(config, prompt_param=PROMPTS[config.learner_name].paper)
+    problems = _teacher_problems(config)
+    if problems:
+        raise ConfigError(problems)
     return config
 
 
@@ -185,6 +189,18 @@ def _model_problems(config: Config, wrong: Collection[str]) -> list[str]:
     )
 
 
+def _teacher_problems(config: Config) -> list[str]:
+    """Why the teachers of ``--teacher_from`` cannot be those of this run, or of one of its seeds."""
+    if config.teacher_from is None or config.action != "train":
+        return []
+    if not DISTILLERS[config.kd_method].needs_teacher:
+        return [f"--teacher_from: --KD_method {config.kd_method} has no teacher; leave one of them out"]
+    runs = [config]
+    if config.repeat > 1:
+        runs = [config.for_seed(seed) for seed in range(config.seed, config.seed + config.repeat)]
+    return [problem for run in runs for problem in TrainedTeachers(run.teacher_from).problems(run)]
+
+
 def _device_problems(config: Config) -> list[str]:
     """Devices that exclude each other or are not there."""
     ids = config.gpuid or ()
@@ -283,6 +299,7 @@ def _path_problems(config: Config) -> list[str]:
         ("t_weights", config.teacher_weights, os.path.isfile, "file"),
         ("s_weights", config.student_weights, os.path.isfile, "file"),
         ("init_from", config.init_from, os.path.isdir, "folder"),
+        ("teacher_from", config.teacher_from, os.path.isdir, "folder"),
         *(("predict", image, os.path.isfile, "file") for image in config.predict_images),
     ]
     for flag, path, is_there, kind in needed:

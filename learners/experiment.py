@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from learners.opening import ARGS, CLASSES, LOG, differing_settings, is_finished, own_folder
 from learners.signals import Signals, StoppedError
+from learners.teachers import TrainedTeachers
 from utils.checkpoint import RunFolder, RunFolderError, sha256_of
 from utils.config import Config, ConfigError
 
@@ -193,6 +194,7 @@ def _train_parts(config: Config, folder: RunFolder | None, parts: Parts, signals
             class_weighting=config.class_weighting,
             replay=config.memory > 0,
             on_epoch=on_epoch,
+            teachers=TrainedTeachers(config.teacher_from) if config.teacher_from is not None else None,
         )
         signals.finish_steps()
         try:
@@ -218,6 +220,10 @@ def _begin_or_go_on(config: Config, folder: RunFolder, parts: Parts) -> None:
         facts["init_from_sha256"] = {role: sha256_of(path) for role, path in files.items()}
     if CLASSES in folder.files:
         require_same(facts, folder)
+    if config.teacher_from is not None:
+        problems = TrainedTeachers(config.teacher_from).differences(facts)
+        if problems:
+            raise ConfigError(problems)
     if ARGS not in folder.files or differing_settings(config, folder):
         folder.commit({ARGS: args_yaml(config, parts).encode(), CLASSES: write_facts(facts)})
 

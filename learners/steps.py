@@ -173,17 +173,23 @@ class EvalStep(nn.Module):
     @torch.inference_mode()
     def logits(self, images: Tensor, seen: int) -> dict[str, Tensor]:
         """Logits [B, seen] of ``student`` and, where there is one, ``teacher``."""
+        return self._logits(images, seen)
+
+    def forward(self, images: Tensor, targets: Tensor, seen: int) -> dict[str, Tensor]:
+        """Number of correct top-1 answers among the first ``seen`` classes, [1] per model.
+
+        Inference mode is the caller's to enter: torch.compile fails on it inside of what it compiles.
+        """
+        logits = self._logits(images, seen)
+        return {role: (x.argmax(1) == targets).sum().reshape(1) for role, x in logits.items()}
+
+    def _logits(self, images: Tensor, seen: int) -> dict[str, Tensor]:
         query, tokens = make_query(self.query_vit, images)
         output = self.student(tokens, query, self.distiller.student_inputs())
         result = {"student": self.distiller.predict(output)}
         if self.teacher is not None:
             result["teacher"] = self.teacher(self.teacher.vit.embed(images), query).logits
         return {role: logits[:, :seen].float() for role, logits in result.items()}
-
-    def forward(self, images: Tensor, targets: Tensor, seen: int) -> dict[str, Tensor]:
-        """Number of correct top-1 answers among the first ``seen`` classes, [1] per model."""
-        logits = self.logits(images, seen)
-        return {role: (x.argmax(1) == targets).sum().reshape(1) for role, x in logits.items()}
 
 
 def make_query(vit: PromptedViT, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dataloaders.loader import DataPipeline
 from dataloaders.tasks import ClassRange, TaskStream
@@ -19,6 +19,7 @@ from learners.prompt import Phase, PromptLearner
 from learners.record import RunRecord
 from learners.signals import Signals, StoppedError
 from learners.state import Described, copy_to_cpu, describe, pack, unpack, unpack_plain
+from learners.teachers import TrainedTeachers
 from utils.checkpoint import RunFolder, from_bytes, to_bytes
 from utils.logging import Progress
 from utils.parallel import Parallel
@@ -69,6 +70,7 @@ class Trainer:
         class_weighting: weigh classes in the cross entropy by their frequency.
         replay: past classes are in the batches, so all classes seen compete.
         on_epoch: called with phase name, task, epoch and means after each epoch (TensorBoard).
+        teachers: trained teachers of another run, taken where it has them.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Trainer:
         class_weighting: bool = False,
         replay: bool = False,
         on_epoch: Callable[[str, int, int, Mapping[str, float]], None] = lambda *_: None,
+        teachers: TrainedTeachers | None = None,
     ) -> None:
         self.learner = learner
         self.stream = stream
@@ -103,6 +106,7 @@ class Trainer:
         self.class_weighting = class_weighting
         self.replay = replay
         self.on_epoch = on_epoch
+        self.teachers = teachers
         self.record = RunRecord()
         self._task_start: dict[str, Any] = {}
         self._models: dict[str, dict[str, Tensor]] = {}
@@ -185,8 +189,29 @@ class Trainer:
         for index in range(position.phase, len(phases)):
             here = index == position.phase
             start = position if here else Position(task, index)
+            if phases[index] == "teacher" and self._take_teacher(start):
+                continue
             self._run_phase(start, phases[index], state if here and (start.epoch or start.step) else None)
         self._evaluate(task)
+
+    def _take_teacher(self, start: Position) -> bool:
+        """Take the teacher from the run that has it; the record becomes what training it would have made of it."""
+        if self.teachers is None:
+            return False
+        task, following = start.task, Position(start.task, start.phase + 1)
+        found = self.parallel.broadcast(self.teachers.find(task) if self.folder is not None else None)
+        if found is None:
+            return False
+        self.progress.start_phase(task, "teacher", self.epochs, self.epochs)
+        self.learner.load_state("teacher", from_bytes(found.model))
+        for epoch, means in enumerate(found.losses):
+            self.record.add_epoch("teacher", task, epoch, means)
+        self.progress.end_phase()
+        _log.info("Task %d/%d: teacher taken from %s", task + 1, self.num_tasks, self.teachers.root)
+        self._saved_models = self._models
+        self._save(following)
+        self._obey(following)
+        return True
 
     def _run_phase(self, start: Position, name: str, state: dict[str, Any] | None) -> None:
         """Train one model from ``start`` (with the optimizer of ``state``) to its last epoch."""
@@ -342,7 +367,7 @@ def evaluate(
     for past in range(task + 1):
         correct = torch.zeros(len(rows), dtype=torch.int64, device=parallel.device)
         for images, targets in data.test(past):
-            correct += _correct(step(images, targets, seen), rows)
+            correct += _correct(step, images, targets, seen, rows)
             if parallel.world_size == 1:
                 between()
         if parallel.world_size > 1:
@@ -353,8 +378,10 @@ def evaluate(
     return rows, _usage(learner, data, parallel, task, stream.test_size(task))
 
 
-def _correct(result: Mapping[str, Tensor], roles: Iterable[str]) -> Tensor:
+@torch.inference_mode()
+def _correct(step: nn.Module, images: Tensor, targets: Tensor, seen: int, roles: Iterable[str]) -> Tensor:
     """Correct answers to a batch, by role; on several replicas the step counts for each."""
+    result = step(images, targets, seen)
     return torch.stack([result[role].sum() for role in roles])
 
 

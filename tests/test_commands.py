@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from learners import check
+from learners.distillers import DISTILLERS
+from models.prompts import PROMPTS
 from utils.config import OPTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +57,17 @@ def test_configs_of_the_paper_are_the_papers(well_equipped):
         assert (config.first_split_size, config.other_split_size, config.epochs) == (classes, classes, epochs)
         assert (config.batch_size, config.lr, config.optimizer) == (64, 1e-3, "Adam")
         assert (config.aux_loss_scale, config.crop_scale, config.kd_prompt_param) == (2, (0.08, 1), (12, 6))
+
+
+def test_the_readmes_tables_are_the_programs():
+    learners = [
+        f"| `{name}` | {', '.join(field.label for field in PROMPTS[name].fields)} | {PROMPTS[name].paper_text()} |"
+        for name in PROMPTS
+    ]
+    methods = [f"| `{name}` | {DISTILLERS[name].about} |" for name in DISTILLERS]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for table in (learners, methods):
+        assert "\n".join(table) in readme, "README.md must say:\n" + "\n".join(table)
 
 
 def test_configs_hold_known_keys_once():

@@ -21,7 +21,8 @@ for word; do
     [ "$word" = "${FAIL:-}" ] && exit 2
     last=$word
 done
-mkdir -p "$folder/Results"
+mkdir -p "$folder/Results" "$folder/models/task-1"
+case " $* " in *" none "*) ;; *) : >"$folder/models/task-1/T_class.pth" ;; esac
 echo ' "complete": true' >"$folder/manifest.json"
 printf '70.00\n61.25\n' >"$folder/Results/acc_s.csv"
 """
@@ -124,6 +125,19 @@ def test_quickstart_table_runs_two_at_a_time(script):
     assert flag(next(c for c in runs if "KD_Token" in c), "--kd_prompt_param", 2) == ["4", "6"]
     assert "bars of run.py" not in done.stdout and done.stdout.count("accuracy 61.25 %") == 18
     assert report[-1].endswith("outputs/table/emoji-r")
+
+
+def test_kd_methods_share_the_teacher(script, tmp_path):
+    _, calls = script("table.sh", "emoji-r", "--learners", "L2P", "DualPrompt", "--out", "runs", "--seeds", "1", "2")
+    runs = {(flag(c, "--learner_name"), flag(c, "--KD_method"), flag(c, "--random_s")): c for c in calls[:-1]}
+    for (learner, method, seed), call in runs.items():
+        if method in ("none", "KD"):  # no teacher, and the first that has one
+            assert "--teacher_from" not in call
+        else:
+            assert flag(call, "--teacher_from") in {
+                str(tmp_path / "runs/mini" / learner / other / f"seed-{seed}")
+                for other in ("KD", "DKD", "FitNets", "ReviewKD")
+            }
 
 
 def test_failed_run_stops_the_table_but_not_the_report(script):

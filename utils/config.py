@@ -350,6 +350,9 @@ class Config:
         key="t_weights")
     student_weights: Path | None = _option(
         None, File("a file"), MODELS, "the student's weights from a file", key="s_weights")
+    teacher_from: Path | None = _option(
+        None, File("a folder"), MODELS, "log_dir of a run with another KD method: take its trained teachers, which"
+        " are the same, instead of training them again", in_yaml=False)
     init_from: Path | None = _option(
         None, File("a folder"), MODELS, "folder with T_class.pth and S_class.pth to start from")
 
@@ -472,8 +475,11 @@ class Config:
 
     def for_seed(self, seed: int) -> Config:
         """The configuration of one seed of ``--repeat``, in a folder of its own."""
-        folder = None if self.log_dir is None else self.log_dir / f"seed-{seed}"
-        return dataclasses.replace(self, seed=seed, repeat=1, log_dir=folder)
+        folders = {
+            name: None if folder is None else folder / f"seed-{seed}"
+            for name, folder in (("log_dir", self.log_dir), ("teacher_from", self.teacher_from))
+        }
+        return dataclasses.replace(self, seed=seed, repeat=1, **folders)
 
 
 def _plain(value: Any) -> Any:
