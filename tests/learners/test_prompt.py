@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -188,6 +190,20 @@ def test_reduced_precision_stays_close(dtype):
         for name in exact.keys() - {"correct"}:
             assert reduced[name].dtype == torch.float32
             assert reduced[name].item() == pytest.approx(exact[name].item(), rel=0.05, abs=0.02), name
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_compute_the_same():
+    """In all three steps, one after the other; without the fallback of ``--compile``, which would hide a failure."""
+    results = []
+    for compile_step in (None, torch.compile):
+        learner = small.learner("CODAPrompt", "KD_Token", compile_step=compile_step)
+        results.append([train(learner, 0, phase) for phase in learner.phases])
+        with torch.inference_mode():
+            results[-1].append(learner.evaluator()(*batch_of(0, size=16), 4))
+    for eager, compiled in zip(*results, strict=True):
+        for name, value in eager.items():
+            torch.testing.assert_close(compiled[name], value, atol=1e-5, rtol=1e-5)
 
 
 def test_class_weights_weigh_the_cross_entropy():
