@@ -210,10 +210,13 @@ def _run_block(block: Block, tokens: Tensor, prompt: LayerPrompt, read_from: int
 
 def _attend(attn: Attention, tokens: Tensor, prompt: LayerPrompt, queries_from: Tensor | None) -> Tensor:
     """Attention of ``queries_from`` [B, Q, D] (default: all tokens) over prompts and tokens [B, N, D]."""
+    prompted = prompt.prefix is not None or prompt.suffix is not None
+    if prompted and queries_from is None:
+        queries_from = tokens  # projected apart, since keys and values die when they are joined with the prompts
     query, key, value = _project(attn, tokens, queries_from)  # [B, *, heads, head_dim]
     query, key = attn.q_norm(query), attn.k_norm(key)
     parts = [prompt.prefix, KV(key, value), prompt.suffix]
-    if prompt.prefix is not None or prompt.suffix is not None:
+    if prompted:
         key = torch.cat([_heads(part.key, key) for part in parts if part is not None], dim=1)
         value = torch.cat([_heads(part.value, value) for part in parts if part is not None], dim=1)
     mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
