@@ -1,11 +1,11 @@
-"""Benchmarks: ``python -m tests.benchmark step ...`` (training and evaluation) or ``data ...`` (loading)."""
+"""Benchmarks of the step: ``python -m tests.benchmark step ...``, ``savings``, ``growth``; of loading: ``data``."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-BENCHMARKS = {"step": "tests.benchmark_step", "data": "tests.benchmark_data"}
+BENCHMARKS = {name: f"tests.benchmark_{name}" for name in ("step", "savings", "growth", "data")}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,8 @@ prints one JSON object:
   optimizer) and of the evaluation of a batch by both models. On a GPU they are taken with CUDA events.
 - ``build_s``: pools, heads and KD method; ``backbones_s``: the backbones with random weights.
 - ``peak_rss_mb``: most resident memory of the process, and ``peak_device_mb`` on a GPU, up to the last timing.
-- ``gemm_gflops``: a large matrix product of the same precision in the same run.
+- ``gemm_gflops``: a large matrix product of the same precision, the median of one before each repeat: a machine
+  that others share slows both down alike.
 - ``flops``: matrix arithmetic of each operation (2 per multiply-add, nothing computed twice), and ``mfu``: its
   rate as a share of ``gemm_gflops``.
 - ``latency_ms``: prediction for a single image by teacher and student, each with its query.
@@ -92,13 +93,16 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     learner, seconds = build(options, device)
     batch = random_batch(options, learner, device)
     profiles = {}
+    product = large_product(device, REDUCED.get(options.precision, torch.float32))
+    products: list[float] = []
     for name, operation in make_operations(learner, batch).items():
-        seconds[f"{name}_s"] = median_seconds(operation, device, options.repeats)
+        between = lambda: products.append(seconds_of(product, device))  # noqa: E731
+        seconds[f"{name}_s"] = median_seconds(operation, device, options.repeats, between)
         if options.profile:
             profiles[name] = profile(operation, device)
     latency = latencies(learner, batch[0][:1], device, options.repeats)
     memory = peak_memory_mb()
-    rate = gemm_rate(device, REDUCED.get(options.precision, torch.float32))
+    rate = 2 * GEMM_SIZE.get(device.type, 2048) ** 3 / statistics.median(products)
     learner.compile_step = lambda step: step  # what is compiled cannot be counted
     flops = {name: count_flops(run) for name, run in make_operations(learner, batch).items()}
     result = {
@@ -183,19 +187,30 @@ def make_operations(learner: PromptLearner, batch: tuple[Tensor, Tensor, ClassRa
 
     evaluator = None
 
+    @torch.inference_mode()
     def evaluate() -> Any:
         nonlocal evaluator
-        evaluator = evaluator or learner.evaluator()
+        if evaluator is None:  # what is compiled has no truth value
+            evaluator = learner.evaluator()
         return evaluator(images, targets, classes.stop)
 
     return operations | {"evaluate": evaluate}
 
 
-def median_seconds(operation: Callable[[], Any], device: torch.device, repeats: int) -> float:
+def median_seconds(
+    operation: Callable[[], Any],
+    device: torch.device,
+    repeats: int,
+    before_each: Callable[[], Any] = lambda: None,
+) -> float:
     """Of ``repeats`` runs after a warm-up."""
     for _ in range(3 if device.type == "cuda" else 1):
         operation()
-    return statistics.median(seconds_of(operation, device) for _ in range(repeats))
+    seconds = []
+    for _ in range(repeats):
+        before_each()
+        seconds.append(seconds_of(operation, device))
+    return statistics.median(seconds)
 
 
 def seconds_of(operation: Callable[[], Any], device: torch.device) -> float:
@@ -230,16 +245,13 @@ def latencies(learner: PromptLearner, image: Tensor, device: torch.device, repea
     return {role: 1000 * median_seconds(predict[role], device, 3 * repeats) for role in learner.phases}
 
 
-def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, the best of several."""
-    size = GEMM_SIZE["cuda" if device.type == "cuda" else "cpu"]
+def large_product(device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """A product of large square matrices, warmed up."""
+    size = GEMM_SIZE.get(device.type, 2048)
     left, right = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
-
-    def product() -> Tensor:
-        return left @ right
-
+    product = lambda: left @ right  # noqa: E731
     product()
-    return 2 * size**3 / min(seconds_of(product, device) for _ in range(5))
+    return product
 
 
 class NoModules(contextlib.nullcontext):

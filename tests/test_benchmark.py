@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from tests import benchmark, benchmark_step
+from tests import benchmark, benchmark_savings, benchmark_step
+from tests.benchmark_savings import CHANGES, PLAIN, SAVINGS, WHOLE, without
 from tests.benchmark_step import count_flops
 
 SMALL = "--t_model mini_vit_base --s_model mini_vit_small --kd_prompt_param 4 6 --batch_size 2 --repeats 1".split()
@@ -74,6 +75,66 @@ def test_other_options(options, capsys):
         assert json.loads(lines["profile"]).keys() == roles
 
 
+def savings_case(*, batch_size: int = 2) -> tuple:
+    options = ["--t_model", "mini_vit_base", "--s_model", "mini_vit_small", "--prompt_param", "20", "8", "0"]
+    options = benchmark_savings.parse([*options, "--batch_size", str(batch_size)])
+    learner, batch = benchmark_savings.build(options, torch.device("cpu"))
+    return learner, benchmark_savings.make_operations(learner, batch)
+
+
+def test_without_a_saving_the_losses_are_the_same():
+    learner, operations = savings_case()
+    start = {role: {k: v.clone() for k, v in learner.state(role).items()} for role in learner.phases}
+
+    def losses(saving: str, operation: str) -> list[float]:
+        for role, state in start.items():
+            learner.load_state(role, state)
+        with without(saving, learner, operation):
+            return [value.item() for value in operations[operation]().values()]
+
+    for operation in ("teacher", "student", "evaluate"):
+        expected = losses(WHOLE, operation)
+        for saving in (PLAIN, *SAVINGS):
+            assert losses(saving, operation) == pytest.approx(expected, abs=1e-5), (saving, operation)
+
+
+def test_pools_grow_the_same_without_matrix_products():
+    learner, operations = savings_case()
+    grown = []
+    for variant in (WHOLE, PLAIN):
+        with without(variant, learner, "growth"):
+            operations["growth"]()
+        grown.append({key: value.clone() for key, value in learner.state("teacher").items()})
+    for key, value in grown[0].items():
+        torch.testing.assert_close(grown[1][key], value, atol=1e-5, rtol=0)
+
+
+def test_each_saving_saves_what_it_is_for():
+    """In arithmetic, where it is arithmetic that it saves, and in gradients that nobody reads."""
+    learner, operations = savings_case()
+
+    def flops(saving: str, operation: str) -> int:
+        with without(saving, learner, operation):
+            return count_flops(operations[operation])
+
+    for saving in ("no weight gradients", "one query", "last block's read rows"):
+        for operation in CHANGES[saving]:
+            assert flops(saving, operation) > 1.02 * flops(WHOLE, operation), (saving, operation)
+    assert all(not p.requires_grad and p.grad is None for p in learner.student.vit.parameters())
+
+
+def test_savings_and_growth_report(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_savings, "peak_of_process", lambda argv, variant: {"cpu": 1.0})
+    small = ["--t_model", "mini_vit_base", "--s_model", "mini_vit_small", "--batch_size", "2", "--repeats", "1"]
+    assert benchmark.main(["savings", *small, "--prompt_param", "20", "8", "0"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["teacher"][PLAIN]["ratio"] > 0 and result["teacher"][WHOLE]["ratio"] == 1
+    assert benchmark.main(["growth", *small, "--case", "4", "20"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["task"], row["components"]) for row in rows] == [(1, 5), (2, 10), (4, 20)]
+    assert rows[2]["student_gflop"] == pytest.approx(rows[0]["student_gflop"], rel=0.01)
+
+
 def test_flops_of_attention_are_counted():
     query = torch.rand(1, 2, 5, 8)
     keys = torch.rand(1, 2, 7, 8)
@@ -84,4 +145,4 @@ def test_flops_of_attention_are_counted():
 def test_unknown_benchmark(capsys):
     assert benchmark.main([]) == 2
     assert benchmark.main(["stpe"]) == 2
-    assert "{step,data}" in capsys.readouterr().err
+    assert "{step,savings,growth,data}" in capsys.readouterr().err
