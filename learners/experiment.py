@@ -90,18 +90,18 @@ def _train_in_folder(config: Config, signals: Signals) -> int:
         if is_main_process():
             try:
                 folder = stack.enter_context(own_folder(config))
+                if is_finished(config, folder):
+                    _say_finished(folder)
+                    code = 0
+                else:
+                    _log_to_file(config)
             except ConfigError as error:
                 refusal, code = error, 2
-            if folder is not None and is_finished(config, folder):
-                _say_finished(folder)
-                code = 0
         code = _decision_of_main_process(config, code)
         if refusal is not None:
             raise refusal
         if code is not None:
             return code
-        if folder is not None:
-            _log_to_file(config)
         return _train_here(config, folder, signals)
 
 
@@ -172,9 +172,8 @@ def _train_parts(config: Config, folder: RunFolder | None, parts: Parts, signals
     from learners.trainer import Trainer
     from utils.logging import Progress
 
-    if folder is not None:
-        log_start(config, parts)
-        _begin_or_go_on(config, folder, parts)
+    teachers = TrainedTeachers(config.teacher_from) if config.teacher_from is not None else None
+    _begin_everywhere(config, folder, parts, teachers)
     results = ResultFiles(config, parts)
     progress = Progress(False if config.no_progress or folder is None else None, parts.num_tasks,
                         phases=len(parts.learner.phases))  # fmt: skip
@@ -194,7 +193,7 @@ def _train_parts(config: Config, folder: RunFolder | None, parts: Parts, signals
             class_weighting=config.class_weighting,
             replay=config.memory > 0,
             on_epoch=on_epoch,
-            teachers=TrainedTeachers(config.teacher_from) if config.teacher_from is not None else None,
+            teachers=teachers,
         )
         signals.finish_steps()
         try:
@@ -205,11 +204,28 @@ def _train_parts(config: Config, folder: RunFolder | None, parts: Parts, signals
         results.finish(folder, record)
 
 
-def _begin_or_go_on(config: Config, folder: RunFolder, parts: Parts) -> None:
+def _begin_everywhere(config: Config, folder: RunFolder | None, parts: Parts, teachers: TrainedTeachers | None) -> None:
+    """Let the process that owns the folder begin or go on; all of them stop when it must not.
+
+    Raises:
+        ConfigError: on all processes, with the problems on the first one.
+    """
+    refusal = None
+    if folder is not None:
+        log_start(config, parts)
+        try:
+            _begin_or_go_on(config, folder, parts, teachers)
+        except ConfigError as error:
+            refusal = error
+    if parts.parallel.broadcast(refusal is not None):
+        raise refusal if refusal is not None else ConfigError([])
+
+
+def _begin_or_go_on(config: Config, folder: RunFolder, parts: Parts, teachers: TrainedTeachers | None) -> None:
     """Write down what is trained on what, or compare it with what was written.
 
     Raises:
-        ConfigError: the data or the backbones are not those that the run began with.
+        ConfigError: the data or the backbones are not those that the run, or that of ``teachers``, began with.
     """
     from learners.record import require_same, stream_facts, write_facts
     from models.original import find_original
@@ -220,8 +236,8 @@ def _begin_or_go_on(config: Config, folder: RunFolder, parts: Parts) -> None:
         facts["init_from_sha256"] = {role: sha256_of(path) for role, path in files.items()}
     if CLASSES in folder.files:
         require_same(facts, folder)
-    if config.teacher_from is not None:
-        problems = TrainedTeachers(config.teacher_from).differences(facts)
+    if teachers is not None:
+        problems = teachers.problems(config) or teachers.differences(facts)
         if problems:
             raise ConfigError(problems)
     if ARGS not in folder.files or differing_settings(config, folder):

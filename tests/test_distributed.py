@@ -18,7 +18,7 @@ import run
 from learners import check
 from tests import runs
 from tests.processes import ROOT, Group
-from utils.checkpoint import RunLock
+from utils.checkpoint import RunFolder, RunLock
 from utils.parallel import build_parallel, leave_group
 
 
@@ -86,6 +86,19 @@ def test_repeated_runs_share_one_group(small, tmp_path):
     assert "2 seeds" in outputs[0] and outputs[1] == ""
 
 
+def test_processes_share_the_teachers_of_another_run(small, tmp_path):
+    config, alone = small
+    command = runs.arguments(config, tmp_path / "run", "--KD_method", "KD_Token", "--teacher_from", alone)
+    codes, outputs = train_in_group(2, command)
+    assert codes == [0, 0], outputs
+    assert outputs[0].count("teacher taken from") == 2 and outputs[1] == ""
+    ours, theirs = metrics_of(tmp_path / "run"), metrics_of(alone)
+    assert ours["teacher"] == theirs["teacher"] and ours["losses"]["teacher"] == theirs["losses"]["teacher"]
+    for task in (1, 2):
+        name = f"models/task-{task}/T_class.pth"
+        assert (tmp_path / "run" / name).read_bytes() == (alone / name).read_bytes()
+
+
 def test_what_is_no_training_runs_in_the_first_process(small, tmp_path):
     config, alone = small
     shutil.copytree(alone, tmp_path / "run")
@@ -121,6 +134,21 @@ def test_folder_in_use_is_refused_by_all_processes(small, tmp_path):
         codes, outputs = train_in_group(2, runs.arguments(small[0], tmp_path / "run"))
     assert codes == [2, 2]
     assert f"in use by process {os.getpid()}" in outputs[0] and outputs[1] == ""
+
+
+def test_teachers_of_other_data_are_refused_by_all_processes(small, tmp_path):
+    """Which the first process finds out when all have built their parts."""
+    config, alone = small
+    shutil.copytree(alone, tmp_path / "other")
+    folder = RunFolder(tmp_path / "other")
+    folder.open()
+    facts = json.loads(folder.read("classes.json")) | {"train_images": [1, 1]}
+    folder.commit({"classes.json": json.dumps(facts).encode()}, complete=True)
+    command = runs.arguments(config, tmp_path / "run", "--KD_method", "KD_Token", "--teacher_from", tmp_path / "other")
+    codes, outputs = train_in_group(2, command)
+    assert codes == [2, 2], outputs
+    assert "trained on other data or backbones (train_images differ)" in outputs[0] and outputs[1] == ""
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("more, words", [
@@ -219,6 +247,27 @@ def test_killed_process_ends_the_run_and_the_next_start_goes_on(victim, longer, 
     assert f"Process {1 - victim}: another process of this run is gone" in outcomes[1 - victim].output
     codes, outputs = train_in_group(2, command)
     assert codes == [0, 0], outputs
+    assert_same_results(tmp_path / "run", expected)
+
+
+def train_impatiently(command_line):
+    build_parallel.__kwdefaults__["timeout_s"] = 10
+    train(command_line)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_hanging_process_ends_the_run_and_the_next_start_goes_on(victim, longer, tmp_path):
+    config, expected = longer
+    command = runs.arguments(config, tmp_path / "run", *LONGER)
+    with Group(2, train_impatiently, command) as group:
+        group.wait_for("After task 1/2")
+        group.send(signal.SIGSTOP, victim)
+        (other,) = group.outcomes([1 - victim], timeout=60)
+    assert other.code == 1
+    assert f"Process {1 - victim}: another process of this run is gone or does not answer" in other.output
+    codes, outputs = train_in_group(2, command)
+    assert codes == [0, 0], outputs
+    assert "Going on at task" in outputs[0]
     assert_same_results(tmp_path / "run", expected)
 
 
