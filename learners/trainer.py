@@ -202,11 +202,9 @@ class Trainer:
         found = self.parallel.broadcast(self.teachers.find(task) if self.folder is not None else None)
         if found is None:
             return False
-        self.progress.start_phase(task, "teacher", self.epochs, self.epochs)
         self.learner.load_state("teacher", from_bytes(found.model))
         for epoch, means in enumerate(found.losses):
             self.record.add_epoch("teacher", task, epoch, means)
-        self.progress.end_phase()
         _log.info("Task %d/%d: teacher taken from %s", task + 1, self.num_tasks, self.teachers.root)
         self._saved_models = self._models
         self._save(following)

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 import run
+from learners import teachers
 from learners.trainer import Trainer
 from tests import runs
 from utils.checkpoint import RunFolder
@@ -44,10 +46,11 @@ def start(config, folder, source, *flags) -> int:
         return run.main(runs.arguments(config, folder, "--KD_method", "KD_Token", "--teacher_from", source, *flags))
 
 
-def test_same_results_without_training_the_teacher(config, folders, tmp_path, trained):
+def test_same_results_without_training_the_teacher(config, folders, tmp_path, trained, caplog):
     assert start(config, tmp_path / "run", folders / "KD") == 0
     assert runs.results(tmp_path / "run") == runs.results(folders / "KD_Token")
     assert trained == [(0, "student"), (1, "student")]
+    assert "Task 1/2: teacher taken from" in caplog.text and "nan" not in caplog.text
 
 
 def test_a_teacher_that_is_not_there_yet_or_damaged_is_trained(config, folders, tmp_path, trained, caplog):
@@ -85,6 +88,70 @@ def test_a_resume_may_do_without(config, folders, tmp_path, monkeypatch):
     with runs.quick():
         assert run.main(runs.arguments(config, tmp_path / "run", "--KD_method", "KD_Token")) == 0
     assert runs.results(tmp_path / "run") == runs.results(folders / "KD_Token")
+
+
+def test_resume_within_the_teachers_phase(config, folders, tmp_path, trained, monkeypatch):
+    class Stop(BaseException):
+        pass
+
+    real = Trainer._run_epoch
+
+    def stop_in_the_second_epoch(self, phase, name, here, meter):
+        if (here.task, name, here.epoch) == (1, "teacher", 1):
+            raise Stop
+        real(self, phase, name, here, meter)
+
+    with monkeypatch.context() as patched, runs.quick():
+        patched.setattr(Trainer, "_run_epoch", stop_in_the_second_epoch)
+        with pytest.raises(Stop):
+            run.main(runs.arguments(config, tmp_path / "run", "--KD_method", "KD_Token"))
+    trained.clear()
+    assert start(config, tmp_path / "run", folders / "KD") == 0
+    assert trained == [(1, "student")]
+    assert runs.results(tmp_path / "run") == runs.results(folders / "KD_Token")
+
+
+def test_a_run_that_is_just_committing_is_read_again(config, folders, tmp_path, trained, monkeypatch):
+    shutil.copytree(folders / "KD", tmp_path / "KD")
+    model = tmp_path / "KD/models/task-1/T_class.pth"
+    model.rename(tmp_path / "on its way")
+    pauses = []
+
+    def arrive(seconds):
+        pauses.append(seconds)
+        (tmp_path / "on its way").rename(model)
+
+    monkeypatch.setattr(teachers, "time", SimpleNamespace(sleep=arrive))
+    assert start(config, tmp_path / "run", tmp_path / "KD", "--max_task", "1") == 0
+    assert trained == [(0, "student")] and len(pauses) == 1
+
+
+def test_another_run_in_the_folder_meanwhile_is_noticed(config, folders, tmp_path, trained, monkeypatch, caplog):
+    shutil.copytree(folders / "KD", tmp_path / "KD")
+    real = teachers.TrainedTeachers.find
+
+    def find(self, task):
+        if task == 1:
+            folder = RunFolder(self.root)
+            folder.open()
+            metrics = json.loads(folder.read("Results/metrics.json"))
+            metrics["settings"]["random_s"] = 2
+            folder.commit({"Results/metrics.json": json.dumps(metrics).encode()}, complete=True)
+        return real(self, task)
+
+    monkeypatch.setattr(teachers.TrainedTeachers, "find", find)
+    assert start(config, tmp_path / "run", tmp_path / "KD") == 0
+    assert trained == [(0, "student"), (1, "teacher"), (1, "student")]
+    assert "now holds another run than it did" in caplog.text
+    assert runs.results(tmp_path / "run") == runs.results(folders / "KD_Token")
+
+
+def test_a_run_does_not_take_from_itself(config, folders, tmp_path, capsys):
+    shutil.copytree(folders / "KD_Token", tmp_path / "run")
+    before = runs.snapshot(tmp_path / "run")
+    assert start(config, tmp_path / "run", tmp_path / "run", "--overwrite", "1") == 2
+    assert "is the log_dir of this run itself; name another run" in capsys.readouterr().err
+    assert runs.snapshot(tmp_path / "run") == before
 
 
 def test_seeds_take_from_seeds(config, tmp_path, trained):
