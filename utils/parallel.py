@@ -246,12 +246,12 @@ def build_parallel(
         alone: do not join torchrun's group.
         timeout_s: as for :class:`Distributed`.
     """
-    if "RANK" in os.environ and not alone:
-        chosen = choose_device(device, gpuids, int(os.environ.get("LOCAL_RANK", "0")))
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
+    in_group = "RANK" in os.environ and not alone
+    chosen = choose_device(device, gpuids, int(os.environ.get("LOCAL_RANK", "0")) if in_group else 0)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # else what names no GPU, as the thread that pins batches, occupies GPU 0
+    if in_group:
         return Distributed(chosen, timeout_s)
-    chosen = choose_device(device, gpuids)
     if chosen.type == "cuda" and gpuids and len(gpuids) > 1:
         return SeveralGPUs(gpuids)
     return SingleDevice(chosen)

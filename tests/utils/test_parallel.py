@@ -7,6 +7,7 @@ import itertools
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -208,7 +209,14 @@ class Replicas(nn.Module):
     def forward(self, *inputs):
         scattered, _ = scatter_kwargs(inputs, {}, range(self.parts))
         replicas = replicate(self.module, range(len(scattered)), not torch.is_grad_enabled())
-        return gather([replica(*own) for replica, own in zip(replicas, scattered, strict=True)], 0)
+        with_gradient = torch.is_grad_enabled()
+
+        def apply(replica: nn.Module, own: tuple) -> dict[str, torch.Tensor]:
+            torch.set_grad_enabled(with_gradient)  # of the caller's modes DataParallel hands on no other one
+            return replica(*own)
+
+        with ThreadPoolExecutor(self.parts) as threads:
+            return gather(list(threads.map(apply, replicas, scattered)), 0)
 
 
 class OnReplicas(SingleDevice):
@@ -225,7 +233,7 @@ def data_parallel_on_cpu(monkeypatch):
     """torch's own scatter, replicate and gather, with chunks and copies where tensors would change the GPU."""
 
     def copies(tensors, devices, detach=False):
-        return [[tensor.detach() if detach else tensor.clone() for tensor in tensors] for _ in devices]
+        return [[tensor.detach().clone() if detach else tensor.clone() for tensor in tensors] for _ in devices]
 
     def joined(target, dim, *tensors):
         assert all(tensor.dim() for tensor in tensors)  # scalars would be gathered with a warning
@@ -250,8 +258,13 @@ def test_replicas_compute_the_gradient_of_one_device(case, data_parallel_on_cpu)
 def test_replicas_count_the_same_answers(images, data_parallel_on_cpu):
     """Also when the last images of a test set are fewer than the devices."""
     learners = [build(("L2P", "KD_Token", None), where) for where in (OnReplicas(3), SingleDevice(torch.device("cpu")))]
-    batch, targets = small.batch_of(0, torch.float64, size=images)
-    counts, expected = (learner.evaluator()(batch, targets, 4) for learner in learners)
+    assert_same_counts(learners, *small.batch_of(0, torch.float64, size=images))
+
+
+def assert_same_counts(learners, images, targets):
+    """As the trainer asks for them: in inference mode, which does not reach the threads of the replicas."""
+    with torch.inference_mode():
+        counts, expected = (learner.evaluator()(images, targets, 4) for learner in learners)
     assert {role: count.sum().item() for role, count in counts.items()} == {
         role: count.item() for role, count in expected.items()
     }
@@ -285,9 +298,12 @@ def test_no_interface_leads_to_this_machine_or_nowhere(host):
 def test_kind_of_parallelism(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert type(build_parallel(None, (-1,))) is SingleDevice
     assert type(build_parallel(None, (1,))) is SingleDevice
     several = build_parallel(None, (1, 3))
+    assert current == [torch.device("cuda:1")] * 2  # no other GPU is touched
     assert isinstance(several, SeveralGPUs)
     assert (several.device, several.gpuids, several.world_size) == (torch.device("cuda:1"), [1, 3], 1)
     monkeypatch.setenv("RANK", "1")
@@ -327,10 +343,7 @@ def test_several_gpus_compute_the_gradient_of_one(case):
 def test_several_gpus_count_the_same_answers(images):
     places = (SeveralGPUs((0, 1)), SingleDevice(torch.device("cuda", 0)))
     batch, targets = (tensor.cuda() for tensor in small.batch_of(0, torch.float64, size=images))
-    counts, expected = (build(("L2P", "KD_Token", None), place).evaluator()(batch, targets, 4) for place in places)
-    assert {role: count.sum().item() for role, count in counts.items()} == {
-        role: count.item() for role, count in expected.items()
-    }
+    assert_same_counts([build(("L2P", "KD_Token", None), place) for place in places], batch, targets)
 
 
 @pytest.mark.multi_gpu
