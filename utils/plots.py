@@ -18,11 +18,13 @@ from utils.checkpoint import write_atomic
 TEACHER, STUDENT = "#0072B2", "#D55E00"
 _STYLE = {"teacher": {"color": TEACHER, "marker": "s", "linestyle": "--"},
           "student": {"color": STUDENT, "marker": "o", "linestyle": "-"}}
-# For loss terms, in this order.
+# For loss terms, in this order, the same in all panels.
 _OKABE_ITO = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # Of what is recorded for each epoch: the sum of the terms, and what is not a loss.
 _TOTAL = "loss"
 _NO_LOSSES = {"accuracy", "gradient"}
+_TERM_NAMES = {_TOTAL: "total", "ce": "cross-entropy", "distill": "distillation", "feature": "features",
+               "prompt": "prompts"}
 _RC = {
     "font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
@@ -58,16 +60,18 @@ def save_plots(results_dir: Path, metrics: Mapping[str, Any]) -> list[Path]:
 
 
 def curves_png(
-    title: str, curves: Mapping[str, Sequence[Sequence[float]]], limits: tuple[float, float]
+    title: str, curves: Mapping[str, Sequence[Sequence[float]]], limits: tuple[float, float], tasks: int
 ) -> bytes:
-    """acc_i over the tasks of several runs: every run thin, their mean thick.
+    """acc_i over the tasks of several runs: every run thin, the mean of the complete ones thick.
 
     Args:
         title: stands above the picture.
-        curves: role ("teacher", "student") -> one list of acc_i (%) per run; lengths may differ.
+        curves: role ("teacher", "student") -> one list of acc_i (%) per run; shorter than ``tasks`` for an
+            unfinished one.
         limits: range of the accuracy axis (%), the same for pictures that are to be compared.
+        tasks: length of the task axis, the same for them, too.
     """
-    png = _png(_draw_curves, title, curves, limits)
+    png = _png(_draw_curves, title, curves, limits, tasks)
     assert png is not None
     return png
 
@@ -142,7 +146,7 @@ def _draw_accuracy(metrics: Mapping[str, Any]) -> Any:
 
 
 def _draw_curves(
-    title: str, curves: Mapping[str, Sequence[Sequence[float]]], limits: tuple[float, float]
+    title: str, curves: Mapping[str, Sequence[Sequence[float]]], limits: tuple[float, float], tasks: int
 ) -> Any:
     figure = _figure(4.4, 3.1)
     axes = figure.subplots()
@@ -153,15 +157,22 @@ def _draw_curves(
         for values in runs:
             axes.plot(range(1, len(values) + 1), values, color=style["color"], linewidth=0.8, alpha=0.55,
                       marker=style["marker"] if len(values) == 1 else None, markersize=3)
-        mean = [statistics.fmean(column) for column in zip(*runs, strict=False)]  # while all runs go on
-        label = f"{role}, mean of {len(runs)}" if len(runs) > 1 else role
-        axes.plot(range(1, len(mean) + 1), mean, label=label, **style)
-    _task_axis(axes, max(len(values) for runs in curves.values() for values in runs))
+        # Of unfinished runs alone the mean goes as far as all of them.
+        counted = [values for values in runs if len(values) == tasks] or runs
+        mean = [statistics.fmean(column) for column in zip(*counted, strict=False)]
+        axes.plot(range(1, len(mean) + 1), mean, label=_curve_label(role, len(counted), len(runs)), **style)
+    _task_axis(axes, tasks)
     axes.set_ylabel("Accuracy on tasks seen (%)")
     axes.set_ylim(*limits)
     axes.set_title(title)
     axes.legend(fontsize=9)
     return figure
+
+
+def _curve_label(role: str, counted: int, runs: int) -> str:
+    if runs == 1:
+        return role
+    return f"{role}, the complete run" if counted == 1 else f"{role}, mean of {counted}"
 
 
 def _draw_matrices(metrics: Mapping[str, Any]) -> Any:
@@ -203,10 +214,13 @@ def _draw_losses(metrics: Mapping[str, Any]) -> Any:
         return None
     figure = _figure(9.0, 0.7 + 2.7 * len(roles))
     all_axes = figure.subplots(len(roles), 1, squeeze=False)[:, 0]
+    all_terms = dict.fromkeys(term for role in roles for term in _loss_terms(metrics["losses"][role]))
+    colors = dict(zip(sorted(all_terms, key=lambda term: term != _TOTAL), _OKABE_ITO, strict=False))
     for axes, role in zip(all_axes, roles, strict=True):
         tasks = metrics["losses"][role]
-        for term, color in zip(_loss_terms(tasks), _OKABE_ITO, strict=False):
-            _loss_line(axes, term, color, tasks)
+        for term in _loss_terms(tasks):
+            if term in colors:
+                _loss_line(axes, term, colors[term], tasks)
         _loss_axis(axes, [len(task) for task in tasks])
         axes.set_title(role, loc="left")
         axes.set_ylabel("Mean loss of an epoch")
@@ -236,8 +250,7 @@ def _loss_line(axes: Any, term: str, color: str, tasks: Sequence[Sequence[Mappin
         ys += [*(float("nan") if value is None else value for value in values), float("nan")]
         epochs_before += len(task)
     marker = "." if epochs_before <= 60 or max(map(len, tasks)) == 1 else None
-    label = "total" if term == _TOTAL else term
-    axes.plot(xs, ys, label=label, color=color, linewidth=1.3, marker=marker)
+    axes.plot(xs, ys, label=_TERM_NAMES.get(term, term), color=color, linewidth=1.3, marker=marker)
 
 
 def _loss_axis(axes: Any, epochs: Sequence[int]) -> None:
@@ -287,11 +300,18 @@ def _draw_prompt_usage(metrics: Mapping[str, Any]) -> Any:
             axes.set_xlabel("Prompt of the pool")
         if column == 0:
             axes.set_ylabel("After task")
-    label = "Mean weight" if signed else "Usage"
-    figure.colorbar(picture, ax=all_axes, label=label, fraction=0.03, pad=0.02, aspect=30)
-    figure.suptitle(f"{_title(metrics)}\nUsage of each prompt on the test images of the task just learned:\n"
-                    "share of the images that choose it, or its mean weight")
+    shares = _are_shares(row for role in roles for task in usage[role] for row in task.values())
+    figure.colorbar(picture, ax=all_axes, label="Share of images" if shares else "Mean weight", fraction=0.03,
+                    pad=0.02, aspect=30)
+    what = "Share of images that choose each prompt" if shares else "Mean weight of each prompt"
+    figure.suptitle(f"{_title(metrics)}\n{what}, test images of the task just learned")
     return figure
+
+
+def _are_shares(rows: Iterable[Sequence[float]]) -> bool:
+    """Whether usage counts choices: each image makes the same number of them, so that shares sum to it."""
+    return all(min(row) >= 0 and max(row) <= 1 and sum(row) > 0.5 and abs(sum(row) - round(sum(row))) < 1e-6
+               for row in rows if row)
 
 
 def _usage_panel(axes: Any, rows: Sequence[Sequence[float]], tasks: int, scale: Mapping[str, Any]) -> Any:

@@ -73,7 +73,29 @@ def test_axes_name_their_units():
     assert matrices[0].get_ylabel() == "After learning task" and matrices[-1].get_ylabel() == "Accuracy (%)"
     losses = plots._draw_losses(metrics).axes[1]
     assert losses.get_xlabel() == "Task, 2 epochs each"
-    assert [text.get_text() for text in losses.get_legend().get_texts()] == ["ce", "prompt"]
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == ["cross-entropy", "prompts"]
+    usage = plots._draw_prompt_usage(metrics).axes
+    assert usage[0].get_ylabel() == "After task" and usage[-2].get_xlabel() == "Prompt of the pool"
+
+
+def test_a_loss_has_one_colour_in_all_panels():
+    metrics = fake_metrics(2)
+    for task in metrics["losses"]["student"]:
+        for epoch in task:
+            epoch |= {"loss": 3.0, "feature": 1.0}
+    colours = [{line.get_label(): line.get_color() for line in axes.get_legend().get_lines()}
+               for axes in plots._draw_losses(metrics).axes]
+    assert list(colours[1]) == ["total", "cross-entropy", "prompts", "features"]
+    assert colours[0].items() < colours[1].items() and len(set(colours[1].values())) == 4
+
+
+@pytest.mark.parametrize("rows, label", [
+    ([[0.5, 0.5, 0.0]], "Share of images"), ([[1.0, 0.75, 0.25], [1.0, 1.0, 0.0]], "Share of images"),
+    ([[0.5, 0.4, 0.0]], "Mean weight"), ([[-0.5, 0.5, 1.0]], "Mean weight"), ([[1.5, 0.5]], "Mean weight"),
+])
+def test_usage_is_a_share_or_a_weight(rows, label):
+    metrics = fake_metrics(len(rows), teacher=False) | {"prompt_usage": {"student": [{"block 0": r} for r in rows]}}
+    assert plots._draw_prompt_usage(metrics).axes[-1].get_ylabel() == label
 
 
 def test_matrix_shows_the_accuracies():
@@ -85,9 +107,16 @@ def test_matrix_shows_the_accuracies():
 
 def test_curves_of_several_runs():
     curves = {"teacher": [], "student": [[80.0, 70.0], [82.0, 71.0], [81.0]]}
-    assert curves_png("KD", curves, (60.0, 90.0)).startswith(b"\x89PNG")
-    line = plots._draw_curves("KD", curves, (60.0, 90.0)).axes[0].lines[-1]
-    assert list(line.get_ydata()) == [81.0]  # the mean, as far as all runs go
+    assert curves_png("KD", curves, (60.0, 90.0), 2).startswith(b"\x89PNG")
+
+    def mean(tasks):
+        line = plots._draw_curves("KD", curves, (60.0, 90.0), tasks).axes[0].lines[-1]
+        return list(line.get_ydata()), line.get_label()
+
+    assert mean(2) == ([81.0, 70.5], "student, mean of 2")  # of the complete runs
+    assert mean(3) == ([81.0], "student, mean of 3")  # where none is complete: as far as all go
+    curves["student"] = [[80.0, 70.0], [81.0]]
+    assert mean(2) == ([80.0, 70.0], "student, the complete run")
 
 
 def test_losses_are_the_total_and_its_terms():

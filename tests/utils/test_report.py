@@ -104,7 +104,7 @@ def test_paper_beside_ours(tmp_path):
     for text in (files["md"], files["html"]):
         assert "paper 82.39 / 7.33" in text and "+0.61 / −6.43" in text
         assert "project page of the authors" in text and "1 6 here" in text
-    assert "82.39 / 7.33" in files["tex"] and "ImageNet" not in files["tex"]
+    assert "82.39 / 7.33" in files["tex"] and "arXiv 2407.13911.}" in files["tex"] and "ImageNet" not in files["tex"]
 
 
 @pytest.mark.parametrize("change", [{"tasks": 2}, {"validation": True}, {"class_order": "shuffled"}])
@@ -126,6 +126,17 @@ def test_gain_over_no_distillation_is_paired_by_seed(tmp_path):
     assert "+2.50 ± 0.71 (n = 2)" in files["md"] and "+2.50 ± 0.71 (n = 2)" in files["html"]
 
 
+def test_best_of_a_row_is_among_the_cells_with_the_most_seeds(tmp_path):
+    for seed in (1, 2):
+        put(tmp_path / "runs" / f"kd-{seed}", seed=seed, final=60.0)
+        put(tmp_path / "runs" / f"dkd-{seed}", seed=seed, final=61.0, method="DKD")
+    put(tmp_path / "runs" / "none", method="none", final=99.0)
+    files = report(tmp_path / "runs", out=tmp_path / "out")
+    assert re.findall(r"\*\*(.*?)\*\*", files["md"]) == re.findall(r"<b>(.*?)</b>", files["html"]) == ["61.00 ± 0.00"]
+    assert files["tex"].count(r"\textbf{61.00$") == files["tex"].count(r"\textbf") == 1
+    assert " &  & seeds & 1 & 2 & 2 &" in files["tex"]
+
+
 def test_unfinished_runs_are_marked_and_do_not_count(tmp_path):
     put(tmp_path / "runs" / "a", seed=1, final=60.0, tasks=5)
     put(tmp_path / "runs" / "b", seed=2, final=90.0, tasks=5, done=3, seconds=3700)
@@ -134,7 +145,7 @@ def test_unfinished_runs_are_marked_and_do_not_count(tmp_path):
     assert (row["n"], row["unfinished"], row["student_final_average_accuracy_mean"]) == ("1", "1", "60")
     for text in (files["md"], files["html"]):
         assert "seed 2 unfinished: 3 of 5 tasks" in text and "1:01:40" in text
-    assert "60.00 / 0.80$^*$" in files["tex"]
+    assert "60.00 / 0.80$^*$" in files["tex"] and "$^*$: unfinished runs do not count.}" in files["tex"]
 
 
 def test_damaged_and_foreign_folders_are_listed(tmp_path):

@@ -13,6 +13,7 @@ from utils.report.table import (
     ABOUT,
     ABOUT_GAINS,
     NONE,
+    PAPER_SHORT,
     RUN_HEAD,
     Cell,
     Report,
@@ -146,13 +147,16 @@ def _tex_spread(text: str) -> str:
 def latex(report: Report) -> str:
     """The text of report.tex: one table over both columns per data set, which needs no package."""
     lines = [f"% {_tex(text)}" for text in (ABOUT, *report.sources())]
-    lines.append("% *: and unfinished runs, which do not count")
     for dataset in report.datasets():
         columns = report.columns(dataset)
-        caption = rf"{_tex(dataset)}: average accuracy / forgetting of the student (\%)."
+        cells = [cell for row in report.rows(dataset) for cell in report.cells[row].values()]
+        caption = rf"{_tex(dataset)}: average accuracy (\%) / forgetting (points) of the student"
+        caption += r", mean$_{\pm\mathrm{std}}$ over seeds" if any(len(cell.runs) > 1 for cell in cells) else ""
+        caption += f"; {_tex(PAPER_SHORT)}" if any(cell.paper for cell in cells) else ""
+        caption += "; $^*$: unfinished runs do not count" if any(cell.unfinished for cell in cells) else ""
         head = ["Pair", "Learner", "", *(_tex(column.label) for column in columns)]
         lines += [r"\begin{table*}", r"\centering", r"\scriptsize", r"\setlength{\tabcolsep}{3pt}",
-                  rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{lll{'c' * len(columns)}}}",
+                  rf"\caption{{{caption}.}}", rf"\begin{{tabular}}{{lll{'c' * len(columns)}}}",
                   r"\hline", " & ".join(head) + r" \\"]
         pair = ""
         for row in report.rows(dataset):
@@ -169,16 +173,17 @@ def latex(report: Report) -> str:
 
 
 def _tex_lines(cells: Mapping[Column, Cell], columns: Sequence[Column]) -> Iterator[tuple[str, list[str]]]:
-    """Up to three lines of a row: ours, the paper's and the difference, where there is one."""
+    """Up to four lines of a row: ours, its number of seeds, the paper's and the difference, where there are any."""
     best = best_column(cells)
-    ours, paper, difference = [], [], []
+    ours, seeds, paper, difference = [], [], [], []
     for column in columns:
         cell = cells.get(column, Cell())
         accuracy, forgetting = map(_tex_spread, ours_text(cell))
         accuracy = rf"\textbf{{{accuracy}}}" if column == best else accuracy
         ours.append((f"{accuracy} / {forgetting}" if accuracy else "") + ("$^*$" if cell.unfinished else ""))
+        seeds.append(str(len(cell.runs)) if cell.runs else "")
         paper.append(_tex(paper_text(cell)))
         difference.append(_tex(difference_text(cell)))
-    for what, texts in (("ours", ours), ("paper", paper), ("difference", difference)):
+    for what, texts in (("ours", ours), ("seeds", seeds), ("paper", paper), ("difference", difference)):
         if any(texts):
             yield what, texts

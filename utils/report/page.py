@@ -38,9 +38,10 @@ p { max-width: 80ch }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }
 caption { text-align: left; padding: 8px 0; color: #444 }
 caption span { display: block; max-width: 100ch }
-th, td { border-bottom: 1px solid #ddd; padding: 5px 6px; text-align: left; vertical-align: top }
+th, td { border-bottom: 1px solid #ddd; padding: 5px; text-align: left; vertical-align: top }
 .wide { overflow-x: auto }
 .long { overflow-wrap: anywhere; min-width: 7em }
+.long + .long { min-width: 8em }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom }
 b { background: #cfe6f3 }
 b, i { white-space: nowrap; font-style: normal }
@@ -132,7 +133,8 @@ def _dataset(report: Report, dataset: str) -> list[str]:
         best = best_column(cells)
         texts = (_cell(cells.get(column, Cell()), column == best) for column in columns)
         rows.append([*_names(report, row), *texts, teacher_text(cells)])
-    head = ["teacher → student", "learner", *(column.label for column in columns), "teacher"]
+    labels = [column.label.replace(" ", "\N{NO-BREAK SPACE}") for column in columns]
+    head = ["teacher → student", "learner", *labels, "teacher"]
     lines = [f"<h2>{_h(dataset)}</h2>", *_table(ABOUT, head, rows, leading=2)]
     columns, gains = report.gains(dataset)
     if gains:
@@ -157,13 +159,14 @@ def _curves(report: Report, row: Row) -> list[str]:
             curves[column] = {"teacher": teachers, "student": students}
     if not curves:
         return []
+    tasks = max(run.num_tasks for cell in report.cells[row].values() for run in cell.runs + cell.unfinished)
     limits = accuracy_limits(curve for roles in curves.values() for of in roles.values() for curve in of)
     title = ", ".join([models_text(row), *name_texts(row, report.labels[row])])
     lines = [f"<h3>{_h(title)}: accuracy after each task</h3>", '<div class="curves">']
     for column, roles in curves.items():
-        picture = base64.b64encode(curves_png(clean(column.label), roles, limits)).decode()
+        picture = base64.b64encode(curves_png(clean(column.label), roles, limits, tasks)).decode()
         alt = (f"{column.label}: mean accuracy on the tasks seen, after each task; "
-               f"each of {len(roles['student'])} runs thin, their mean thick")
+               f"each of {len(roles['student'])} runs thin, the mean of the complete ones thick")
         lines.append(f'<figure><img alt="{_h(alt)}" src="data:image/png;base64,{picture}"></figure>')
     return [*lines, "</div>"]
 
@@ -176,8 +179,11 @@ def html_page(report: Report) -> str:
     lines += [*(f"<p>{_h(source)}</p>" for source in report.sources()), "<h2>Runs</h2>"]
     rows = []
     for run in report.runs:
-        *texts, state = map(_h, run_texts(run))
-        rows.append([*texts, state if run.complete else f'<span class="mark">{state}</span>'])
+        texts = dict(zip(RUN_HEAD, map(_h, run_texts(run)), strict=True))
+        texts["tasks"] = f"<i>{texts['tasks']}</i>"
+        if not run.complete:
+            texts["state"] = f'<span class="mark">{texts["state"]}</span>'
+        rows.append(list(texts.values()))
     lines += _table("", RUN_HEAD, rows, leading=1)
     if report.unused:
         items = (f"<li><code>{_h(folder)}</code>: {_h(reason)}</li>" for folder, reason in report.unused)

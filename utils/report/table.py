@@ -37,7 +37,8 @@ ABOUT = (
     "Student: final average accuracy (%) / forgetting (points; the original's: summed over all T tasks, "
     "divided by T). Mean ± sample standard deviation over n seeds of complete runs. Difference: ours "
     "minus the paper's, for runs with its 10 tasks. KD_Token is followed by its --kd_prompt_param. The "
-    "last column is the teacher's accuracy (%). Bold: the best mean of a row."
+    "last column is the teacher's accuracy (%). Bold: the best mean of a row, among the cells with the most "
+    "seeds."
 )
 ABOUT_GAINS = (
     "Student's accuracy minus that of the same student without distillation and with the same seed, in "
@@ -54,6 +55,9 @@ RUN_HEAD = ("folder", "data", "teacher → student", "learner", "KD method", "se
 
 PaperNumbers = tuple[float, "float | None"]  # average accuracy, forgetting (%)
 Gain = tuple[float, "float | None", int]  # mean, standard deviation, number of seeds
+
+
+PAPER_SHORT = "paper: the project page of arXiv 2407.13911"
 
 
 def paper_numbers() -> dict[tuple[str, str, str, str], dict[Column, PaperNumbers]]:
@@ -185,8 +189,13 @@ def column_order(column: Column) -> tuple[int, str, tuple[int, ...]]:
 
 
 def best_column(columns: Mapping[Column, Cell]) -> Column | None:
-    """The column with our highest mean accuracy, where there are at least two to choose from."""
-    measured = {column: cell.measure("final_average_accuracy") for column, cell in columns.items()}
+    """The column with our highest mean accuracy, where there are at least two to choose from.
+
+    Only columns with the most seeds take part: a lucky single seed is no better method.
+    """
+    seeds = max((len(cell.runs) for cell in columns.values()), default=0)
+    measured = {column: cell.measure("final_average_accuracy") for column, cell in columns.items()
+                if len(cell.runs) == seeds}
     means = {column: value[0] for column, value in measured.items() if value is not None}
     return max(means, key=means.__getitem__) if len(means) > 1 else None
 
