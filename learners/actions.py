@@ -28,7 +28,6 @@ from utils.parallel import choose_device
 _log = logging.getLogger(__name__)
 
 
-
 def check_data(config: Config) -> int:
     """Look at every image; print one JSON object; exit code 1 when one is bad or missing.
 
@@ -67,7 +66,7 @@ def on_finished_run(config: Config) -> int:
         classifier = _student(config, folder, description).to(device)
         if config.action == "export":
             export(classifier, description, config.export_path)
-            _log.info("Wrote %s", config.export_path)
+            _log.info("Wrote %s and %s", config.export_path, config.export_path.with_suffix(".json").name)
             return 0
         return _predict(classifier, config.predict_images, facts, config.top, device)
     except (RunFolderError, BackboneError) as error:
@@ -176,5 +175,3 @@ def _load_image(path: Path, facts: dict[str, Any]) -> Tensor:
         raise ConfigError([f"--predict: {error}"]) from error
     pixels = np.array(EvalTransform(facts["image_size"], facts["test_crop"])(image))
     return to_unit(torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous())
-
-

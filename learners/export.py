@@ -47,7 +47,9 @@ class StudentClassifier(nn.Module):
 
 
 def export(classifier: StudentClassifier, description: dict[str, Any], path: Path) -> None:
-    """Write the student: ``.safetensors`` with a ``.json`` beside it, or a ``torch.export`` program ``.pt2``.
+    """Write the student: tensors (``.safetensors``) or a ``torch.export`` program (``.pt2``), with a ``.json`` beside.
+
+    The JSON is needed for either: it names the classes, in the order of the logits, and the input.
 
     Args:
         classifier: what to write.
@@ -62,12 +64,12 @@ def export(classifier: StudentClassifier, description: dict[str, Any], path: Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     classifier = classifier.to("cpu")
     if path.suffix == ".pt2":
-        write_atomic(path, _exported_program(classifier, description["image_size"]))
-        return
-    from safetensors.torch import save
+        data = _exported_program(classifier, description["image_size"])
+    else:
+        from safetensors.torch import save
 
-    metadata = {"description": json.dumps(description, sort_keys=True)}
-    write_atomic(path, save(_tensors(classifier), metadata=metadata))
+        data = save(_tensors(classifier), metadata={"description": json.dumps(description, sort_keys=True)})
+    write_atomic(path, data)
     text = json.dumps(description, ensure_ascii=False, indent=1) + "\n"
     write_atomic(path.with_suffix(".json"), text.encode())
 

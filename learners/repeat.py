@@ -38,7 +38,7 @@ def run_repeats(config: Config, train: Callable[[Config], int]) -> int:
 
 
 def _summarise(config: Config, seeds: range) -> None:
-    runs = [json.loads((config.log_dir / f"seed-{seed}" / METRICS).read_text()) for seed in seeds]
+    runs = [json.loads((config.log_dir / f"seed-{seed}" / METRICS).read_text(encoding="utf-8")) for seed in seeds]
     summary = {
         role: aggregate([run[role] for run in runs]) for role in ("teacher", "student") if runs[0][role] is not None
     }

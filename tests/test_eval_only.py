@@ -199,6 +199,7 @@ class TestExport:
     def test_program_runs_by_itself(self, pool, folders, images, tmp_path):
         path = tmp_path / "student.pt2"
         assert on(folders / pool, "--export", path) == 0
+        assert len(json.loads(path.with_suffix(".json").read_text())["class_names"]) == 4
         program = torch.export.load(path).module()
         pixels, expected = self.evaluated(folders / pool, images)
         for part in (slice(0, 12), slice(3, 4)):
