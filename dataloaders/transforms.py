@@ -145,4 +145,4 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
 
     The divisor is a tensor because CUDA multiplies by the reciprocal of a Python number instead.
     """
-    return images.to(torch.float32).div_(torch.tensor(255.0, device=images.device))
+    return images.to(torch.float32).div_(torch.full((), 255.0, device=images.device))

@@ -166,6 +166,12 @@ def compiled(step: nn.Module) -> nn.Module:
     return torch.compile(step)
 
 
+def set_precision(precision: str) -> None:
+    """Round the factors of float32 products on GPUs to TF32 if asked, and only then: cuDNN does so by default."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
 def _build_everywhere(config: Config, parallel: Parallel) -> Parts:
     """Build on every process; all of them stop when one cannot, or would compute something else.
 
@@ -181,6 +187,10 @@ def _build_everywhere(config: Config, parallel: Parallel) -> Parts:
             "backbones": parts.identity,
             "classes": parts.stream.class_names,
             "numbers of images": _numbers_of_images(parts.stream),
+            # decide no result, but when the processes exchange something
+            "--log_interval": config.log_interval,
+            "--repeat": config.repeat,
+            "--teacher_from": config.teacher_from is not None,
         }
     except ConfigError as error:
         problems = error.problems
@@ -211,8 +221,9 @@ def _differences(facts: list[dict[str, object]]) -> list[str]:
 
 
 def _build(config: Config, parallel: Parallel) -> Parts:
-    if config.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
+    if config.device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(["--device mps: this torch or this Mac has no mps; use --gpuid -1 for the CPU"])
+    set_precision(config.precision)
     backbones = load_backbones(config)
     image_size = backbones["student"].vit.image_size
     stream = build_data(config, image_size, may_write=parallel.rank == 0)

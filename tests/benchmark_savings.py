@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import learners.steps
 import models.prompts.coda
 import models.vit
+from learners.assemble import set_precision
 from learners.prompt import PromptLearner
 from learners.steps import EvalStep, Step, StudentStep, TeacherStep
 from tests import benchmark_step
@@ -181,8 +182,7 @@ def build(options: argparse.Namespace, device: torch.device) -> tuple[PromptLear
     arguments = [text for name in names for text in (f"--{name}", str(getattr(options, name)))]
     arguments += ["--prompt_param", *map(str, options.prompt_param)]
     step_options = benchmark_step.parse([*arguments, "--learner_name", "CODAPrompt", "--task", "10"])
-    if step_options.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
+    set_precision(step_options.precision)
     learner, _ = benchmark_step.build(step_options, device)
     return learner, benchmark_step.random_batch(step_options, learner, device)
 

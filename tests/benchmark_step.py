@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataloaders.tasks import ClassRange
-from learners.assemble import REDUCED, compiled
+from learners.assemble import REDUCED, compiled, set_precision
 from learners.build import build_learner
 from learners.distillers import DISTILLERS
 from learners.distillers.base import DistillSettings
@@ -77,8 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
+    set_precision(options.precision)
     device = choose_device(None, None if options.gpuid is None else (options.gpuid,))
     result = measure(options, device)
     if options.json:

@@ -153,6 +153,7 @@ def test_teachers_of_other_data_are_refused_by_all_processes(small, tmp_path):
 
 @pytest.mark.parametrize("more, words", [
     (["--random_s", "7"], "process 1 has other settings than process 0"),
+    (["--log_interval", "3"], "process 1 has other --log_interval than process 0"),
     (["--s_weights", "{root}/teacher.pth"], "process 1 has other settings and backbones than process 0"),
     (["--t_weights", "{root}/small.yaml"], "process 1: "),
 ])  # fmt: skip

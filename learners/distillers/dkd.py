@@ -50,17 +50,18 @@ def dkd_loss(
         return student.sum() * 0  # a single class has no others to tell apart
     hit = F.one_hot(target, student.shape[1]).bool()
     scale = temperature**2
-    tckd = _kl(_two_way_log(student, hit), _two_way_log(teacher, hit))
+    tckd = _kl(_two_way_log(student, target, hit), _two_way_log(teacher, target, hit))
     hide = hit * _HIDE_TARGET
     nckd = _kl(F.log_softmax(student - hide, dim=1), F.log_softmax(teacher - hide, dim=1))
     return scale * (alpha * tckd + beta * nckd)
 
 
-def _two_way_log(logits: Tensor, hit: Tensor) -> Tensor:
+def _two_way_log(logits: Tensor, target: Tensor, hit: Tensor) -> Tensor:
     """Log probabilities of (true class, all others), [B, 2], summed in log space so that none becomes 0."""
     log_prob = F.log_softmax(logits, dim=1)
     others = log_prob.masked_fill(hit, float("-inf")).logsumexp(dim=1)
-    return torch.stack([log_prob[hit], others], dim=1)
+    # gather, as log_prob[hit] makes a GPU's host wait for the number of hits
+    return torch.stack([log_prob.gather(1, target[:, None]).squeeze(1), others], dim=1)
 
 
 def _kl(student_log: Tensor, teacher_log: Tensor) -> Tensor:
