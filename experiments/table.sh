@@ -13,8 +13,9 @@
 #   --jobs      runs at a time, with one thread each if there are several (1)
 #   --out       folder of runs and report (outputs/table/DATASET in the project's folder)
 #
-# KD methods with the same learner and seed share their teacher (--teacher_from). Started again it skips the finished runs and goes on with the others; runs with other flags belong into another
-# folder. A run that fails stops the table. Ends with FOLDER/report/report.html.
+# KD methods with the same learner and seed share their teacher (--teacher_from). Started again it skips the finished
+# runs and goes on with the others; runs with other flags belong into another folder. A run that fails stops the
+# table. Ends with FOLDER/report/report.html.
 set -eu
 . "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 

@@ -324,11 +324,13 @@ class Config:
         0, Whole(0), RUN, "accepted from the original, without effect", decides=False)
 
     learner_type: str = _option("prompt", Choice(("prompt",)), METHOD, "family of learners", paper="prompt")
-    learner_name: str = _option("CODAPrompt", Text("a learner"), METHOD, "prompt pool")
+    learner_name: str = _option("CODAPrompt", Text("a learner"), METHOD, "prompt pool",
+        paper="each of them")
     prompt_param: tuple[float, ...] | None = _option(
         None, Numbers(Real()), METHOD, "parameters of the prompt pool; default: the paper's")
     kd_method: str = _option(
-        "KD", Text("a KD method"), METHOD, "how the student learns from the teacher", key="KD_method")
+        "KD", Text("a KD method"), METHOD, "how the student learns from the teacher", key="KD_method",
+        paper="KDP, beside each other one")
     kd_prompt_param: tuple[int, int] = _option(
         (12, 6), Numbers(Whole(1), count=2), METHOD,
         "KD_Token: number of student blocks and length (even) of the KD prompts", paper="12 6")
@@ -346,21 +348,24 @@ class Config:
         "vit_small_patch16_224", Text("a model"), MODELS, "student: a ViT of timm, or mini_vit_small",
         key="s_model", paper="vit_small_patch16_224 or vit_base_patch16_224")
     teacher_weights: Path | None = _option(
-        None, File("a file"), MODELS, "the teacher's weights from a file (.pth, .safetensors, .npz)",
+        None, File("a file"), MODELS, "the teacher's weights from a file (.pth, .safetensors, .npz); default: its own",
         key="t_weights")
     student_weights: Path | None = _option(
-        None, File("a file"), MODELS, "the student's weights from a file", key="s_weights")
+        None, File("a file"), MODELS, "the student's weights from a file; default: its own",
+        key="s_weights")
     teacher_from: Path | None = _option(
         None, File("a folder"), MODELS, "log_dir of a run with another KD method: take its trained teachers, which"
         " are the same, instead of training them again", in_yaml=False)
     init_from: Path | None = _option(
         None, File("a folder"), MODELS, "folder with T_class.pth and S_class.pth to start from")
 
-    dataset: str | None = _option(None, Text("a data set"), DATA, "data set")
+    dataset: str | None = _option(None, Text("a data set"), DATA, "data set",
+        paper="CIFAR100, ImageNet_R")
     dataroot: Path = _option(
         Path("data"), File("a folder"), DATA, "folder of the data sets (not used by Emoji_R)", decides=False)
     data_url: str | None = _option(
-        None, Text("a URL"), DATA, "another place to download the data set from", decides=False)
+        None, Text("a URL"), DATA, "another place to download the data set from; default: its own",
+        decides=False)
     first_split_size: int | None = _option(
         None, Whole(1), DATA, "classes of the first task", paper="10 (CIFAR-100), 20 (ImageNet-R)")
     other_split_size: int | None = _option(
@@ -407,7 +412,8 @@ class Config:
         "GPUs to use; -1 is the CPU; default: GPU 0 if there is one, else the CPU", paper="0 1",
         decides=False)
     device: str | None = _option(
-        None, Choice(("cpu", "cuda", "mps")), DEVICES, "kind of device, instead of --gpuid", decides=False)
+        None, Choice(("cpu", "cuda", "mps")), DEVICES,
+        "kind of device, instead of --gpuid; default: what --gpuid says", decides=False)
     precision: str = _option(
         "fp32", Choice(("fp32", "tf32", "bf16", "fp16")), DEVICES, "arithmetic of the backbones",
         paper="fp32")
@@ -722,7 +728,7 @@ def help_text(choices: Mapping[str, Sequence[tuple[str, str]]] | None = None) ->
         "",
         "Continual distillation learning: a frozen ViT teacher and student learn task after task by prompts.",
         "Every flag is also a key of the YAML file, except those marked *. A flag beats the file, the file",
-        "beats the default.",
+        "beats the default. A flag that takes 0 or 1 means 1 when it stands alone (but not --overwrite).",
     ]
     group = None
     for option in OPTIONS.values():

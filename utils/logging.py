@@ -238,8 +238,10 @@ class Progress:
         """Show the mean loss and the training accuracy (%) of the epoch so far."""
         self._loss, self._accuracy = loss, accuracy
         if self._bars:
-            self._bars[2].set_postfix_str(self._figures(), refresh=False)
-            self._bars[3].set_postfix_str(self._rate(self._epoch_images, self._epoch_started), refresh=False)
+            notes = [self._left(), None, self._figures(), self._rate(self._epoch_images, self._epoch_started)]
+            for bar, note in zip(self._bars, notes, strict=True):
+                if note is not None:
+                    bar.set_postfix_str(note)
         if self._line_is_due():
             where = f"epoch {self._epoch + 1}/{self._epochs} batch {self._step}/{self._steps}"
             rate = self._rate(self._epoch_images, self._epoch_started)
