@@ -121,10 +121,11 @@ if [ "$jobs" -gt 1 ]; then
     flags+=(--no_progress)
 fi
 stopped=0
+# A method comes for all learners before the next method: with several jobs its teachers are there by then.
 for seed in "${seeds[@]}"; do
     for pair in "${pairs[@]}"; do
-        for learner in "${learners[@]}"; do
-            for method in "${methods[@]}"; do
+        for method in "${methods[@]}"; do
+            for learner in "${learners[@]}"; do
                 printf '%s\n' "$pair" "$learner" "$method" "$seed"
             done
         done

@@ -107,7 +107,7 @@ def test_any_part_of_the_table(script, tmp_path):
     *runs, report = calls
     assert len(runs) == 2 * 2 * 2
     assert {flag(c, "--random_s") for c in runs} == {"4", "5"}
-    assert flag(runs[1], "--log_dir") == str(tmp_path / "my out/base-small/L2P/KD_Token-12-6/seed-4")
+    assert flag(runs[2], "--log_dir") == str(tmp_path / "my out/base-small/L2P/KD_Token-12-6/seed-4")
     assert all(flag(c, "--gpuid") == "0" and flag(c, "--name") == "a b" for c in runs)
     assert "bars of run.py" in done.stdout
     assert "base-small L2P KD, seed 4: accuracy 61.25 %" in done.stdout
