@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from learners.signals import StoppedError
-from utils.checkpoint import RunFolder, RunFolderError, RunLock
+from utils.checkpoint import RunFolder, RunFolderError, RunLock, sha256_of
 from utils.config import Config, ConfigError
 
 ARGS = "args.yaml"
@@ -84,6 +85,7 @@ def _refuse_other_settings(config: Config, folder: RunFolder) -> None:
         ConfigError: naming the settings that differ.
     """
     differing = differing_settings(config, folder)
+    differing = {key: values for key, values in differing.items() if not _only_moved(key, config, folder)}
     if differing and not _only_more_tasks(differing):
         changes = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in differing.items())
         raise ConfigError([
@@ -102,6 +104,16 @@ def differing_settings(config: Config, folder: RunFolder) -> dict[str, tuple[obj
     return {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
 
 
+def _only_moved(key: str, config: Config, folder: RunFolder) -> bool:
+    """Whether ``key`` names weights that are, byte for byte, those that the run began with."""
+    role, path = {
+        "t_weights": ("teacher", config.teacher_weights), "s_weights": ("student", config.student_weights),
+    }.get(key, ("", None))  # fmt: skip
+    if path is None or CLASSES not in folder.files:
+        return False
+    return sha256_of(path) == json.loads(folder.read(CLASSES))["backbone_sha256"].get(role)
+
+
 def _only_more_tasks(differing: dict[str, tuple[object, object]]) -> bool:
     """Whether ``max_task`` alone differs and is larger: it says when to stop and changes nothing else."""
     if list(differing) != ["max_task"]:
@@ -112,4 +124,4 @@ def _only_more_tasks(differing: dict[str, tuple[object, object]]) -> bool:
 
 def is_finished(config: Config, folder: RunFolder) -> bool:
     """Whether the folder holds all that ``config`` asks for."""
-    return folder.complete and not differing_settings(config, folder)
+    return folder.complete and all(_only_moved(key, config, folder) for key in differing_settings(config, folder))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ from models.weight_files import (
     some,
     unwrap,
 )
+from utils.checkpoint import sha256_of
 
 LOG = logging.getLogger(__name__)
 # Classifiers, and what pre-training adds beside the encoder; no backbone here has them.
@@ -94,7 +94,7 @@ def load_backbone(name: str, *, weights: Path | None = None, pretrained: bool = 
         raise BackboneError(str(error)) from error
     tag = full if weights is None else full.partition(".")[0]
     LOG.info("weights of %s from %s", tag, path)
-    return Backbone(_prompted(name, vit), tag, _sha256(path), str(path))
+    return Backbone(_prompted(name, vit), tag, sha256_of(path), str(path))
 
 
 def check_pair(teacher: PromptedViT, student: PromptedViT) -> None:
@@ -256,11 +256,3 @@ def _check_npz(shapes: Mapping[str, tuple[int, ...]], vit: VisionTransformer, pa
             raise WeightsError(
                 f"{path} does not fit {name}: it has {number} {what}, the model {wanted[what]}"
             )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -446,6 +446,18 @@ class TestFolder:
         assert len(steps) == (12 if moment == "finished" else 16)
         assert runs.results(tmp_path / "run") == reference
 
+    def test_weights_at_another_place(self, config, reference, tmp_path, capsys):
+        """It is their content that counts, here and when nothing is left to do."""
+        argv = runs.arguments(config, tmp_path / "run")
+        assert run.main([*argv, "--max_task", "1"]) == 0
+        moved = shutil.copy(config.parent / "teacher.pth", tmp_path / "moved.pth")
+        for _ in range(2):
+            assert run.main([*argv, "--t_weights", str(moved)]) == 0
+        assert "holds a finished run of this command" in "".join(capsys.readouterr())
+        assert f"t_weights: {moved}" in (tmp_path / "run/args.yaml").read_text()
+        models = {name: digest for name, digest in reference.items() if name.startswith("models/")}
+        assert models.items() <= runs.results(tmp_path / "run").items()
+
     def test_repeat(self, config, tmp_path, at, capsys):
         argv = runs.arguments(config, tmp_path / "run", *SHORT, "--repeat", 2, "--random_s", 3)
         at(Phase, "train_step", 5, send(signal.SIGTERM))  # in the second run
