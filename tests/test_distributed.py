@@ -353,8 +353,11 @@ def test_hosts_that_do_not_find_each_other_end(hosts):
     with Group(2, join_from_host, hosts, MASTER_ADDR="10.77.0.1", GLOO_SOCKET_IFNAME="lo") as group:
         outcomes = group.outcomes(timeout=60)
     assert [outcome.code for outcome in outcomes] == [1, 1]
-    assert "connectFullMesh failed" in outcomes[0].output
-    assert "Process 1: the processes of this run have not found each other" in outcomes[1].output
+    # Who looks for longer is ended by the timer; the other one by gloo, if the machine is not too busy for that.
+    gloo = "connectFullMesh failed"
+    timer = "Process {}: the processes of this run have not found each other"
+    assert gloo in outcomes[0].output or timer.format(0) in outcomes[0].output
+    assert timer.format(1) in outcomes[1].output
 
 
 # ----------------------------------------------------------------------------------------------- launchers

@@ -143,7 +143,11 @@ class TestSignals:
 
     def test_evaluation_alone_ends_at_once(self, finished, at):
         at(trainer, "_correct", 1, send(signal.SIGINT))
-        assert run.main(["--eval_only", "--log_dir", str(finished), "--gpuid", "-1"]) == 130
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        try:
+            assert run.main(["--eval_only", "--log_dir", str(finished), "--gpuid", "-1"]) == 130
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def test_signals_by_themselves(self):
         with Signals() as signals, pytest.raises(StoppedError):
