@@ -35,6 +35,10 @@ run_cell() {
     large-base) models=(--t_model vit_large_patch16_224 --s_model vit_base_patch16_224 --batch_size 32) ;;
     esac
     local folder=$out/$pair/$learner/$name/seed-$seed what="$pair $learner $name, seed $seed"
+    if grep -q '"complete": true' "$folder/manifest.json" 2>/dev/null; then
+        echo "$what: finished before"
+        return
+    fi
     # The teachers of the KD method with the same learner and seed that has most of them need no second training.
     local teacher=() most=0 other number
     for other in "$out/$pair/$learner"/*/"seed-$seed"; do
@@ -42,10 +46,6 @@ run_cell() {
         number=$(find "$other/models" -name T_class.pth 2>/dev/null | wc -l)
         if [ "$number" -gt "$most" ]; then most=$number teacher=(--teacher_from "$other"); fi
     done
-    if grep -q '"complete": true' "$folder/manifest.json" 2>/dev/null; then
-        echo "$what: finished before"
-        return
-    fi
     set_prompts "$learner"
     if [ -n "${QUIET:-}" ]; then exec 3>/dev/null; else exec 3>&1; fi
     "$PYTHON" -u "$root/run.py" --config "$root/configs/$config" --dataroot "$root/data" \
