@@ -48,20 +48,19 @@ def dkd_loss(
     student, teacher = full_precision(student) / temperature, full_precision(teacher) / temperature
     if student.shape[1] < 2:
         return student.sum() * 0  # a single class has no others to tell apart
-    hit = F.one_hot(target, student.shape[1]).bool()
     scale = temperature**2
-    tckd = _kl(_two_way_log(student, target, hit), _two_way_log(teacher, target, hit))
-    hide = hit * _HIDE_TARGET
+    tckd = _kl(_two_way_log(student, target), _two_way_log(teacher, target))
+    hide = F.one_hot(target, student.shape[1]) * _HIDE_TARGET
     nckd = _kl(F.log_softmax(student - hide, dim=1), F.log_softmax(teacher - hide, dim=1))
     return scale * (alpha * tckd + beta * nckd)
 
 
-def _two_way_log(logits: Tensor, target: Tensor, hit: Tensor) -> Tensor:
+def _two_way_log(logits: Tensor, target: Tensor) -> Tensor:
     """Log probabilities of (true class, all others), [B, 2], summed in log space so that none becomes 0."""
-    log_prob = F.log_softmax(logits, dim=1)
-    others = log_prob.masked_fill(hit, float("-inf")).logsumexp(dim=1)
-    # gather, as log_prob[hit] makes a GPU's host wait for the number of hits
-    return torch.stack([log_prob.gather(1, target[:, None]).squeeze(1), others], dim=1)
+    log_prob, column = F.log_softmax(logits, dim=1), target[:, None]
+    others = log_prob.scatter(1, column, float("-inf")).logsumexp(dim=1)
+    # gather, as a mask of hits makes a GPU's host wait for their number
+    return torch.stack([log_prob.gather(1, column).squeeze(1), others], dim=1)
 
 
 def _kl(student_log: Tensor, teacher_log: Tensor) -> Tensor:
