@@ -31,3 +31,11 @@ def no_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
         yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Configuration of runs that take a second, see tests/runs.py."""
+    from tests import runs  # not before the settings above, as it loads numpy
+
+    return runs.make(tmp_path_factory.mktemp("small"))

@@ -217,6 +217,15 @@ def longer(small):
     return config, folder
 
 
+def assert_goes_on(processes, command, folder, expected):
+    """The next start finds the state and ends as a run that nothing has interrupted."""
+    codes, outputs = train_in_group(processes, command)
+    assert codes == [0] * processes, outputs
+    assert "Going on at task" in outputs[0]
+    assert_same_results(folder, expected)
+    return outputs[0]
+
+
 @pytest.mark.parametrize("first, then", [(2, 4), (4, 1)])
 def test_stopped_run_goes_on_with_another_number_of_processes(first, then, longer, tmp_path):
     config, expected = longer
@@ -229,10 +238,7 @@ def test_stopped_run_goes_on_with_another_number_of_processes(first, then, longe
     assert [outcome.code for outcome in outcomes] == [143] * first, outcomes
     assert "the same command goes on from here" in outcomes[0].output
     assert metrics_of(tmp_path / "run")["tasks_done"] == 1
-    codes, outputs = train_in_group(then, command)
-    assert codes == [0] * then, outputs
-    assert "Going on at task 2" in outputs[0]
-    assert_same_results(tmp_path / "run", expected)
+    assert "Going on at task 2" in assert_goes_on(then, command, tmp_path / "run", expected)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -246,9 +252,7 @@ def test_killed_process_ends_the_run_and_the_next_start_goes_on(victim, longer, 
     assert outcomes[victim].code == -signal.SIGKILL
     assert outcomes[1 - victim].code == 1
     assert f"Process {1 - victim}: another process of this run is gone" in outcomes[1 - victim].output
-    codes, outputs = train_in_group(2, command)
-    assert codes == [0, 0], outputs
-    assert_same_results(tmp_path / "run", expected)
+    assert_goes_on(2, command, tmp_path / "run", expected)
 
 
 def train_impatiently(command_line):
@@ -266,10 +270,7 @@ def test_hanging_process_ends_the_run_and_the_next_start_goes_on(victim, longer,
         (other,) = group.outcomes([1 - victim], timeout=60)
     assert other.code == 1
     assert f"Process {1 - victim}: another process of this run is gone or does not answer" in other.output
-    codes, outputs = train_in_group(2, command)
-    assert codes == [0, 0], outputs
-    assert "Going on at task" in outputs[0]
-    assert_same_results(tmp_path / "run", expected)
+    assert_goes_on(2, command, tmp_path / "run", expected)
 
 
 # ------------------------------------------------------------------------------------------ several hosts

@@ -21,11 +21,6 @@ ROOT = Path(__file__).parents[1]
 PARAMS = {"DualPrompt": ("--prompt_param", 4, 4, 4)}
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return runs.make(tmp_path_factory.mktemp("small"))
-
-
 @pytest.fixture
 def learners(monkeypatch):
     """The learners that runs build, each with a copy of its backbones' weights from before."""

@@ -23,11 +23,6 @@ POOLS = {"CODAPrompt": (), "DualPrompt": ("--prompt_param", 4, 4, 4), "L2P": ()}
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return runs.make(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
 def folders(config, tmp_path_factory):
     """A finished run of each pool with the KD method that changes the student's input and output most."""
     root = tmp_path_factory.mktemp("runs")

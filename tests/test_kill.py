@@ -22,11 +22,6 @@ PAIRS = {
 }
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return runs.make(tmp_path_factory.mktemp("small"))
-
-
 def command(config: Path, log_dir: Path, pair: str, workers: int) -> list[str]:
     pool, kd_method = pair.split()
     flags = ("--learner_name", pool, "--KD_method", kd_method, *PAIRS[pair], "--workers", workers)

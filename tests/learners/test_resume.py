@@ -23,11 +23,6 @@ PAIRS = {
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return runs.make(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
 def references(config, tmp_path_factory):
     """What each run gives without interruption, made when first asked for."""
     cache = {}

@@ -14,11 +14,6 @@ from utils.checkpoint import RunFolder
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return runs.make(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
 def folders(config, tmp_path_factory):
     """A finished run with KD, one with KD_Token, one without a teacher."""
     root = tmp_path_factory.mktemp("runs")

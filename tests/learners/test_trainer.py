@@ -24,11 +24,6 @@ SHORT = ("--KD_method", "none", "--max_task", 1, "--schedule", 1)  # 3 steps
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return runs.make(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     """A whole run; tests that change it work on a copy."""
     folder = tmp_path_factory.mktemp("finished") / "run"
