@@ -384,6 +384,22 @@ def test_torchrun_ends_with_a_killed_process_and_goes_on(longer, tmp_path):
     assert_same_results(tmp_path / "run", expected)
 
 
+# An interpreter that cannot be taken apart, as if one of gloo's threads were in the way.
+CANNOT_BE_TAKEN_APART = """
+import atexit, os, runpy, sys
+atexit.register(os.abort)
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("word, code", [("--help", 0), ("--no_such_flag", 2)])
+def test_process_of_a_group_ends_without_taking_the_interpreter_apart(word, code):
+    command = [sys.executable, "-c", CANNOT_BE_TAKEN_APART, str(ROOT / "run.py"), word]
+    environment = {**os.environ, "RANK": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code and (done.stdout or done.stderr), done
+
+
 SRUN = r"""#!/bin/bash
 # srun for three tasks: runs the command in each and hands SIGTERM on; the highest exit code is its own.
 while [ "${1#--}" != "$1" ]; do shift; done
