@@ -402,7 +402,10 @@ def test_process_of_a_group_ends_without_taking_the_interpreter_apart(word, code
 
 SRUN = r"""#!/bin/bash
 # srun for three tasks: runs the command in each and hands SIGTERM on; the highest exit code is its own.
-while [ "${1#--}" != "$1" ]; do shift; done
+while [ "${1#--}" != "$1" ]; do
+    case $1 in --wait=*) echo "srun $1" >"$CALLS.srun" ;; esac
+    shift
+done
 tasks=()
 trap 'kill -TERM "${tasks[@]}"' TERM
 for task in 0 1 2; do
@@ -444,12 +447,12 @@ def slurm(tmp_path):
     shutil.copy(ROOT / "experiments/slurm.sbatch", tmp_path / "slurm_script")
     calls = tmp_path / "calls"
 
-    def start(ends, **environment):
+    def start(ends, *words, **environment):
         calls.write_text("")
         variables = {"SLURM_SUBMIT_DIR": project, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": 4000123,
                      "SLURM_CPUS_PER_TASK": 4, "CALLS": calls, "ENDS": ends, "PYTHON": tools / "python",
                      "PATH": f"{tools}:{os.environ['PATH']}", **environment}  # fmt: skip
-        return subprocess.Popen(["bash", str(tmp_path / "slurm_script"), "--log_dir", "a b"], cwd=project,
+        return subprocess.Popen(["bash", str(tmp_path / "slurm_script"), "--log_dir", "a b", *words], cwd=project,
                                 env={name: str(value) for name, value in variables.items()},
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
@@ -465,6 +468,12 @@ def test_slurm_starts_a_process_for_each_task(slurm):
         f"rank {rank} of 3, {rank % 2} on its node, node7:20123, 4 threads, [-u {slurm.project}/run.py --log_dir a b]"
         for rank in range(3)
     ]
+
+
+@pytest.mark.parametrize("words, seconds", [([], 360), (["--eval_only"], 0)])
+def test_slurm_gives_an_evaluation_by_one_task_any_time(words, seconds, slurm, tmp_path):
+    assert slurm(0, *words).wait(30) == 0
+    assert (tmp_path / "calls.srun").read_text() == f"srun --wait={seconds}\n"
 
 
 @pytest.mark.parametrize("ends, seconds, again", [(2, 900, False), (1, 900, False), (137, 900, True), (137, 5, False),
