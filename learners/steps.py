@@ -141,9 +141,14 @@ class StudentStep(Step):
     def _teach(self, images: Tensor, query: Tensor) -> ModelOutput | None:
         if self.teacher is None:
             return None
-        with torch.no_grad():
+        # torch.compile fails on inference mode inside of what it compiles.
+        without_gradients = torch.no_grad if torch.compiler.is_compiling() else torch.inference_mode
+        with without_gradients():
             tokens = self.teacher.vit.embed(images)
-            return self.teacher(tokens, query, return_blocks=self.distiller.needs_blocks)
+            output = self.teacher(tokens, query, return_blocks=self.distiller.needs_blocks)
+        # A loss may keep what it reads for its gradient, but nothing that was made in inference mode.
+        blocks = tuple(block.clone() for block in output.blocks)
+        return ModelOutput(output.logits.clone(), output.extra.clone(), blocks, output.prompt_loss.clone())
 
 
 class EvalStep(nn.Module):

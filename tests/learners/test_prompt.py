@@ -169,6 +169,16 @@ def test_aux_loss_scale_counts_prompt_and_feature_losses_only(phase):
     torch.testing.assert_close(two["loss"], sum(terms))
 
 
+@pytest.mark.parametrize("kd_method", [name for name in DISTILLERS if DISTILLERS[name].needs_teacher])
+def test_the_teacher_runs_in_inference_mode_in_the_students_phase(kd_method):
+    learner = small.learner("CODAPrompt", kd_method)
+    modes = {}
+    for role, model in learner.models.items():
+        model.register_forward_hook(lambda *_, role=role: modes.update({role: torch.is_inference_mode_enabled()}))
+    train(learner, 0, "student")
+    assert modes == {"teacher": True, "student": False}
+
+
 def test_evaluation_counts_what_the_logits_say():
     learner = small.learner("DualPrompt", "KD_Token")
     images, targets = batch_of(1, size=16)
