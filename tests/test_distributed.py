@@ -344,6 +344,30 @@ def test_hosts_exchange_the_trained_parameters_and_nothing_else(hosts):
         assert trained < volume < 1.05 * trained + 6_000
 
 
+def train_on_host(names, command_line):
+    move_to_host(names)
+    train_impatiently(command_line)
+
+
+def test_a_run_on_two_hosts_ends_when_their_cable_is_pulled_and_goes_on(hosts, longer, tmp_path):
+    """Nobody says that the connection is gone: each host finds out by the other's silence."""
+    config, expected = longer
+    command = runs.arguments(config, tmp_path / "run", *LONGER)
+    with Group(2, train_on_host, hosts, command, MASTER_ADDR="10.77.0.1") as group:
+        group.wait_for("After task 1/2")
+        subprocess.run(["ip", "-n", hosts[0], "link", "set", "cable0", "down"], check=True)
+        outcomes = group.outcomes(timeout=60)
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.code == 1
+        assert f"Process {rank}: another process of this run is gone or does not answer" in outcome.output
+    subprocess.run(["ip", "-n", hosts[0], "link", "set", "cable0", "up"], check=True)
+    with Group(2, train_on_host, hosts, command, MASTER_ADDR="10.77.0.1") as group:
+        outcomes = group.outcomes()
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    assert "Going on at task" in outcomes[0].output
+    assert_same_results(tmp_path / "run", expected)
+
+
 def join_from_host(names):
     move_to_host(names)
     build_parallel("cpu", None, timeout_s=2)
