@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.util
 import ssl
 import threading
 import urllib.error
@@ -17,12 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from models.sizes import OWN_MODELS
+from models.sizes import OWN_MODELS, timm_model_files
 
 PAPER_TAG = "augreg_in21k_ft_in1k"
 PAPER_NAMES = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-_TIMM_FILES = ("vision_transformer.py", "deit.py", "vision_transformer_hybrid.py", "vitamin.py")
 
 
 def full_name(name: str) -> str:
@@ -172,20 +170,13 @@ def _timm_table() -> _TimmTable:
     """Read the table from the installed timm; it is empty where timm is not there as source."""
     table = _TimmTable({}, {}, {})
     marked: set[str] = set()
-    for path in _timm_files():
+    for path in timm_model_files():
         for key, value in _dict_items(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(value, ast.Constant) and isinstance(value.value, str) and "vit" in value.value:
                 table.renamed[key] = value.value
             elif isinstance(value, ast.Call) and getattr(value.func, "id", "") == "_cfg":
                 _enter(table, marked, key, value)
     return table
-
-
-def _timm_files() -> list[Path]:
-    spec = importlib.util.find_spec("timm")
-    roots = (spec.submodule_search_locations or ()) if spec else ()
-    files = (Path(root) / "models" / file for root in roots for file in _TIMM_FILES)
-    return [file for file in files if file.is_file()]
 
 
 def _dict_items(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:

@@ -93,7 +93,7 @@ def name_problem(name: str) -> str | None:
 def _timm_names() -> dict[str, tuple[str, ...]]:
     """Name -> tags of the pre-trained weights, for the VisionTransformers of the installed timm."""
     names: dict[str, set[str]] = {}
-    for file in _timm_files():
+    for file in timm_model_files():
         text = file.read_text(encoding="utf-8", errors="replace")
         for name in re.findall(r"^@register_model\s*\ndef (\w+)\(", text, flags=re.M):
             names.setdefault(name, set())
@@ -106,7 +106,7 @@ def _timm_names() -> dict[str, tuple[str, ...]]:
     return {name: tuple(sorted(tags)) for name, tags in names.items()}
 
 
-def _timm_files() -> list[Path]:
+def timm_model_files() -> list[Path]:
     """The source files that define timm's VisionTransformer models."""
     spec = importlib.util.find_spec("timm")
     roots = list(spec.submodule_search_locations or ()) if spec else []

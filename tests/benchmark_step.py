@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
             profiles[name] = profile(operation, device)
     latency = latencies(learner, batch[0][:1], device, options.repeats)
     memory = peak_memory_mb()
-    rate = 2 * GEMM_SIZE.get(device.type, 2048) ** 3 / statistics.median(products)
+    rate = 2 * gemm_size(device) ** 3 / statistics.median(products)
     learner.compile_step = lambda step: step  # what is compiled cannot be counted
     flops = {name: count_flops(run) for name, run in make_operations(learner, batch).items()}
     result = {
@@ -244,9 +244,14 @@ def latencies(learner: PromptLearner, image: Tensor, device: torch.device, repea
     return {role: 1000 * median_seconds(predict[role], device, 3 * repeats) for role in learner.phases}
 
 
+def gemm_size(device: torch.device) -> int:
+    """Rows and columns of the large product's matrices."""
+    return GEMM_SIZE.get(device.type, GEMM_SIZE["cpu"])
+
+
 def large_product(device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
     """A product of large square matrices, warmed up."""
-    size = GEMM_SIZE.get(device.type, 2048)
+    size = gemm_size(device)
     left, right = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
     product = lambda: left @ right  # noqa: E731
     product()

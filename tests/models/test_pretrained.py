@@ -12,13 +12,13 @@ import pytest
 import timm
 from huggingface_hub import constants
 
-from models import pretrained
+from models import pretrained, sizes
 from models.pretrained import cached_file, full_name, hub_repository, missing_weights
 from models.sizes import OWN_MODELS
 
 BARE = "vit_base_patch16_224"
 FULL = "vit_base_patch16_224.augreg_in21k_ft_in1k"
-FILES = {file.removesuffix(".py") for file in pretrained._TIMM_FILES}
+FILES = {path.stem for path in sizes.timm_model_files()}
 ARCHITECTURES = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.split(".")[-1] in FILES]
 
 
