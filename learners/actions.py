@@ -15,6 +15,7 @@ from torch import Tensor
 
 from learners.assemble import assemble, build_data
 from learners.export import StudentClassifier, build_student, describe, export, load_trained_parts
+from learners.meter import TrainingError
 from learners.opening import CLASSES
 from learners.prompt import PromptLearner
 from learners.record import METRICS, require_same, stream_facts
@@ -71,6 +72,9 @@ def on_finished_run(config: Config) -> int:
         return _predict(classifier, config.predict_images, facts, config.top, device)
     except (RunFolderError, BackboneError) as error:
         raise ConfigError([str(error)]) from error
+    except TrainingError as error:
+        _log.error("%s", error)
+        return 1
 
 
 def tasks_done(folder: RunFolder) -> int:

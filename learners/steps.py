@@ -17,6 +17,7 @@ from models.vit import PromptedViT
 
 LOSS = "loss"
 CORRECT = "correct"
+NOT_FINITE = "not finite"
 
 
 class Step(nn.Module):
@@ -183,10 +184,14 @@ class EvalStep(nn.Module):
     def forward(self, images: Tensor, targets: Tensor, seen: int) -> dict[str, Tensor]:
         """Number of correct top-1 answers among the first ``seen`` classes, [1] per model.
 
+        ``not finite`` counts the logits that are infinite or not a number, of both models.
+
         Inference mode is the caller's to enter: torch.compile fails on it inside of what it compiles.
         """
         logits = self._logits(images, seen)
-        return {role: (x.argmax(1) == targets).sum().reshape(1) for role, x in logits.items()}
+        result = {role: (x.argmax(1) == targets).sum().reshape(1) for role, x in logits.items()}
+        result[NOT_FINITE] = sum((~x.isfinite()).sum() for x in logits.values()).reshape(1)
+        return result
 
     def _logits(self, images: Tensor, seen: int) -> dict[str, Tensor]:
         query, tokens = make_query(self.query_vit, images)

@@ -19,6 +19,7 @@ from learners.prompt import Phase, PromptLearner
 from learners.record import RunRecord
 from learners.signals import Signals, StoppedError
 from learners.state import Described, copy_to_cpu, describe, pack, unpack, unpack_plain
+from learners.steps import NOT_FINITE
 from learners.teachers import TrainedTeachers
 from utils.checkpoint import RunFolder, from_bytes, to_bytes
 from utils.logging import Progress
@@ -358,29 +359,37 @@ def evaluate(
     Returns:
         For each role the accuracy (%) on tasks 0 … ``task``, top 1 over all classes seen; and for each role
         the mean use of the pool's entries by the newest task's test images, by layer.
+
+    Raises:
+        NonFiniteError: a logit is infinite or not a number.
     """
     step = learner.evaluator()
     seen = stream.classes(task).stop
     rows: dict[str, list[float]] = {role: [] for role in learner.phases}
     for past in range(task + 1):
-        correct = torch.zeros(len(rows), dtype=torch.int64, device=parallel.device)
+        totals = torch.zeros(len(rows) + 1, dtype=torch.int64, device=parallel.device)
         for images, targets in data.test(past):
-            correct += _correct(step, images, targets, seen, rows)
+            totals += _counts(step, images, targets, seen, [*rows, NOT_FINITE])
             if parallel.world_size == 1:
                 between()
         if parallel.world_size > 1:
             between()
-        counts = parallel.sum(correct).tolist()
+        *counts, not_finite = parallel.sum(totals).tolist()
+        if not_finite:
+            raise NonFiniteError(
+                f"after task {task + 1}, logits of task {past + 1}'s test images are not finite ({not_finite} of them): "
+                "start anew with --precision fp32 or bf16, or a lower --lr"
+            )
         for role, count in zip(rows, counts, strict=True):
             rows[role].append(100 * count / stream.test_size(past))
     return rows, _usage(learner, data, parallel, task, stream.test_size(task))
 
 
 @torch.inference_mode()
-def _correct(step: nn.Module, images: Tensor, targets: Tensor, seen: int, roles: Iterable[str]) -> Tensor:
-    """Correct answers to a batch, by role; on several replicas the step counts for each."""
+def _counts(step: nn.Module, images: Tensor, targets: Tensor, seen: int, names: Iterable[str]) -> Tensor:
+    """What the step counts in a batch, by name; on several replicas it counts for each."""
     result = step(images, targets, seen)
-    return torch.stack([result[role].sum() for role in roles])
+    return torch.stack([result[name].sum() for name in names])
 
 
 @torch.no_grad()

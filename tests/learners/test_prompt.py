@@ -184,9 +184,11 @@ def test_evaluation_counts_what_the_logits_say():
     images, targets = batch_of(1, size=16)
     step = learner.eval_step()
     logits = step.logits(images, 4)
-    for role, correct in step(images, targets, 4).items():
+    counts = step(images, targets, 4)
+    assert counts.keys() == {*learner.phases, "not finite"} and counts["not finite"] == 0
+    for role in learner.phases:
         assert logits[role].shape == (16, 4)
-        assert correct.tolist() == [(logits[role].argmax(1) == targets).sum().item()]
+        assert counts[role].tolist() == [(logits[role].argmax(1) == targets).sum().item()]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

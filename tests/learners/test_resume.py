@@ -56,7 +56,7 @@ class Interruption:
         self.log = []
         for owner, name, kind in (
             (Phase, "train_step", "step"),
-            (trainer, "_correct", "evaluation"),
+            (trainer, "_counts", "evaluation"),
             (checkpoint, "_write_beside", "write"),
             (os, "replace", "replace"),
             (Path, "unlink", "unlink"),

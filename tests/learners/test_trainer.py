@@ -17,6 +17,7 @@ import run
 from learners import assemble, trainer
 from learners.prompt import Phase
 from learners.signals import Signals, StoppedError
+from learners.steps import EvalStep
 from tests import runs
 from utils.checkpoint import STATES, RunFolder, RunLock
 
@@ -92,7 +93,7 @@ class TestSignals:
     def test_in_the_middle_of_an_evaluation(self, config, reference, tmp_path, at):
         argv = runs.arguments(config, tmp_path / "run")
         steps = at(Phase, "train_step", 0, None)
-        batches = at(trainer, "_correct", 2, send(signal.SIGTERM))  # the second task's first one
+        batches = at(trainer, "_counts", 2, send(signal.SIGTERM))  # the second task's first one
         assert run.main(argv) == 143
         assert len(batches) == 2
         steps.clear()
@@ -137,7 +138,7 @@ class TestSignals:
         assert runs.results(tmp_path / "run") == reference
 
     def test_evaluation_alone_ends_at_once(self, finished, at):
-        at(trainer, "_correct", 1, send(signal.SIGINT))
+        at(trainer, "_counts", 1, send(signal.SIGINT))
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         try:
             assert run.main(["--eval_only", "--log_dir", str(finished), "--gpuid", "-1"]) == 130
@@ -184,6 +185,23 @@ class TestNumbers:
             12: "task 1, student, epoch 2, after the last step: models student",
         }
         assert where[step] in out and "last good state is kept" in out
+        assert run.main(argv) == 0
+        assert runs.results(tmp_path / "run") == reference
+
+    def test_evaluation(self, config, reference, tmp_path, monkeypatch, capsys):
+        """Logits that overflow would otherwise pass for wrong, or even right, answers."""
+        real = EvalStep._logits
+
+        def overflown(step, images, seen):
+            logits = real(step, images, seen)
+            logits["teacher"][0, 0] = float("inf")
+            return logits
+
+        argv = runs.arguments(config, tmp_path / "run")
+        with monkeypatch.context() as patch:
+            patch.setattr(EvalStep, "_logits", overflown)
+            assert run.main(argv) == 1
+        assert "after task 1, logits of task 1's test images are not finite (1 of them)" in capsys.readouterr().out
         assert run.main(argv) == 0
         assert runs.results(tmp_path / "run") == reference
 
