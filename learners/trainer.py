@@ -377,8 +377,8 @@ def evaluate(
         *counts, not_finite = parallel.sum(totals).tolist()
         if not_finite:
             raise NonFiniteError(
-                f"after task {task + 1}, logits of task {past + 1}'s test images are not finite ({not_finite} of them): "
-                "start anew with --precision fp32 or bf16, or a lower --lr"
+                f"after task {task + 1}, logits of task {past + 1}'s test images are not finite ({not_finite} of "
+                "them): start anew with --precision fp32 or bf16, or a lower --lr"
             )
         for role, count in zip(rows, counts, strict=True):
             rows[role].append(100 * count / stream.test_size(past))
