@@ -53,4 +53,9 @@ def end(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    end(main())
+    try:
+        exit_code = main()
+    except Exception:  # a mistake of the program's own: into the log, too
+        logging.getLogger(__name__).exception("run.py has met an error that it does not know")
+        exit_code = 1
+    end(exit_code)

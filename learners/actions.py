@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from learners.assemble import assemble, build_data
-from learners.export import StudentClassifier, build_student, describe, export, load_trained_parts
+from learners.export import StudentClassifier, build_student, describe, export, load_trained_parts, refuse_foreign
 from learners.meter import TrainingError
-from learners.opening import CLASSES
+from learners.opening import CLASSES, require_own_settings
 from learners.prompt import PromptLearner
 from learners.record import METRICS, require_same, stream_facts
 from learners.trainer import evaluate, model_file
@@ -60,8 +60,11 @@ def on_finished_run(config: Config) -> int:
     try:
         folder.open(read_only=True)
         facts = json.loads(folder.read(CLASSES))
+        require_own_settings(config, folder)
         if config.action == "eval_only":
             return _evaluate_again(config, folder)
+        if config.action == "export":
+            refuse_foreign(config.export_path)
         device = choose_device(config.device, config.gpuid)
         description = describe(config, facts, tasks_done(folder) - 1)
         classifier = _student(config, folder, description).to(device)

@@ -71,14 +71,29 @@ def check(config: Config, wrong: Collection[str] = ()) -> list[str]:
     if not {"gpuid", "batch_size", "accumulate"} & set(wrong):
         problems += _batch_problems(config)
     problems += _path_problems(config)
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        problems.append("--tensorboard needs a package that is missing: pip install tensorboard")
+    if config.tensorboard:
+        problems += _tensorboard_problems()
     data_problems, num_tasks = _data_problems(config, wrong)
     problems += data_problems
     if config.action != "check_data":
         problems += _learner_problems(config, num_tasks, wrong)
         problems += _model_problems(config, wrong)
     return problems
+
+
+def _tensorboard_problems() -> list[str]:
+    """Why TensorBoard's files could not be written."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return ["--tensorboard needs a package that is missing: pip install tensorboard"]
+    try:
+        importlib.import_module("tensorboard.summary.writer.event_file_writer")
+    except Exception as error:  # whatever a broken or foreign package may raise
+        reason = str(error).partition("\n")[0]
+        return [
+            f"--tensorboard: the package cannot be loaded ({type(error).__name__}: {reason}); pip install --upgrade"
+            " tensorboard, or leave the flag out"
+        ]
+    return []
 
 
 def help_page() -> str:
@@ -270,12 +285,17 @@ def cuda_devices() -> int | None:
     return count.value
 
 
+def batch_shares(config: Config) -> tuple[int, str]:
+    """In how many equal parts a batch is shared out, and among what."""
+    if "RANK" not in os.environ:
+        return len(config.gpuid or (0,)), "GPUs of --gpuid"
+    processes = os.environ.get("WORLD_SIZE", "1")
+    return int(processes) if processes.isdecimal() else 1, "processes"
+
+
 def _batch_problems(config: Config) -> list[str]:
     """The batch is global: devices and accumulation split it into equal parts."""
-    parts, over = len(config.gpuid or (0,)), "GPUs of --gpuid"
-    if "RANK" in os.environ:
-        processes = os.environ.get("WORLD_SIZE", "1")
-        parts, over = int(processes) if processes.isdecimal() else 1, "processes"
+    parts, over = batch_shares(config)
     size = config.batch_size
     if size % parts:
         below, above = size // parts * parts, (size // parts + 1) * parts
@@ -304,7 +324,8 @@ def _path_problems(config: Config) -> list[str]:
     ]
     for flag, path, is_there, kind in needed:
         if path is not None and not is_there(path):
-            problems.append(f"--{flag}: there is no {kind} {path}; check the path")
+            wrong = f"{path} is a folder, not a file" if os.path.isdir(path) else f"there is no {kind} {path}"
+            problems.append(f"--{flag}: {wrong}; check the path")
     if config.export_path is not None:
         if config.export_path.suffix not in (".safetensors", ".pt2"):
             problems.append(f"--export: {config.export_path} must end in .safetensors or .pt2")
@@ -313,6 +334,8 @@ def _path_problems(config: Config) -> list[str]:
         problems += _unwritable("export", config.export_path.parent)
     if config.log_dir is not None and config.action == "train":
         problems += _unwritable("log_dir", config.log_dir)
+    elif config.log_dir is not None and config.action != "check_data" and not config.log_dir.is_dir():
+        problems.append(f"--log_dir: there is no folder {config.log_dir}; give that of a finished run")
     return problems
 
 

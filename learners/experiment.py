@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from learners.check import batch_shares
 from learners.opening import ARGS, CLASSES, LOG, differing_settings, is_finished, own_folder
 from learners.signals import Signals, StoppedError
 from learners.teachers import TrainedTeachers
@@ -154,7 +155,8 @@ def _advice(error: BaseException, config: Config) -> str | None:
     """What helps against an error that the machine's limits caused; None for any other error."""
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "t allocate memory" in text:
-        parts = next((n for n in range(config.accumulate + 1, config.batch_size + 1) if config.batch_size % n == 0), 0)
+        share = config.batch_size // batch_shares(config)[0]  # which --accumulate divides
+        parts = next((n for n in range(config.accumulate + 1, share + 1) if share % n == 0), 0)
         ways = [f"--accumulate {parts}, the same batch in smaller parts"] if parts else []
         ways += ["fewer --workers"] if config.workers else []
         anew = ["a smaller --batch_size"] if config.batch_size > 1 else []

@@ -57,10 +57,9 @@ def export(classifier: StudentClassifier, description: dict[str, Any], path: Pat
         path: file to write; its ending chooses the format.
 
     Raises:
-        ConfigError: another ending.
+        ConfigError: see :func:`refuse_foreign`.
     """
-    if path.suffix not in FORMATS:
-        raise ConfigError([f"--export {path}: the ending must be {' or '.join(FORMATS)}"])
+    refuse_foreign(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     classifier = classifier.to("cpu")
     if path.suffix == ".pt2":
@@ -72,6 +71,28 @@ def export(classifier: StudentClassifier, description: dict[str, Any], path: Pat
     write_atomic(path, data)
     text = json.dumps(description, ensure_ascii=False, indent=1) + "\n"
     write_atomic(path.with_suffix(".json"), text.encode())
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse a file to write that has another ending, or whose ``.json`` is there and belongs to something else.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    if path.suffix not in FORMATS:
+        raise ConfigError([f"--export {path}: the ending must be {' or '.join(FORMATS)}"])
+    beside = path.with_suffix(".json")
+    if not beside.exists():
+        return
+    try:
+        before = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        before = None
+    if not isinstance(before, dict) or not {"backbone", "classes_seen", "test_crop"} <= before.keys():
+        raise ConfigError([
+            f"--export {path}: {beside} would be replaced, which is not the description of an exported student; "
+            "choose another name"
+        ])  # fmt: skip
 
 
 def describe(config: Config, facts: dict[str, Any], task: int) -> dict[str, Any]:

@@ -84,14 +84,36 @@ def _refuse_other_settings(config: Config, folder: RunFolder) -> None:
     Raises:
         ConfigError: naming the settings that differ.
     """
-    differing = differing_settings(config, folder)
-    differing = {key: values for key, values in differing.items() if not _only_moved(key, config, folder)}
-    if differing and not _only_more_tasks(differing):
-        changes = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in differing.items())
+    changed = _changed_settings(config, folder)
+    if changed and not _only_more_tasks(changed):
         raise ConfigError([
-            f"--log_dir {folder.root} holds a run with other settings ({changes}): choose another log_dir, give "
-            "the old settings, or start anew with --overwrite 1, which moves the old folder aside"
+            f"--log_dir {folder.root} holds a run with other settings ({_changes(changed)}): choose another log_dir, "
+            "give the old settings, or start anew with --overwrite 1, which moves the old folder aside"
         ])  # fmt: skip
+
+
+def require_own_settings(config: Config, folder: RunFolder) -> None:
+    """A finished run is used with the settings that it was trained with.
+
+    Raises:
+        ConfigError: naming the settings that differ.
+    """
+    changed = _changed_settings(config, folder)
+    if changed:
+        raise ConfigError([
+            f"--log_dir {folder.root} holds a run with other settings ({_changes(changed)}): leave the flags that "
+            "change them, or --config, out; its args.yaml has all settings"
+        ])  # fmt: skip
+
+
+def _changes(changed: dict[str, tuple[object, object]]) -> str:
+    return ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
+
+
+def _changed_settings(config: Config, folder: RunFolder) -> dict[str, tuple[object, object]]:
+    """:func:`differing_settings` less weights that have only moved."""
+    differing = differing_settings(config, folder)
+    return {key: values for key, values in differing.items() if not _only_moved(key, config, folder)}
 
 
 def differing_settings(config: Config, folder: RunFolder) -> dict[str, tuple[object, object]]:
@@ -124,4 +146,4 @@ def _only_more_tasks(differing: dict[str, tuple[object, object]]) -> bool:
 
 def is_finished(config: Config, folder: RunFolder) -> bool:
     """Whether the folder holds all that ``config`` asks for."""
-    return folder.complete and all(_only_moved(key, config, folder) for key in differing_settings(config, folder))
+    return folder.complete and not _changed_settings(config, folder)

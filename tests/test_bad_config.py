@@ -171,7 +171,7 @@ BAD = [
     flag("--log_dir /proc/1/cdl", "--log_dir", "cannot be written"),
     flag(f"--log_dir {'x' * 300}", "--log_dir", "too long"),
     flag("--t_weights {tmp}/none.pth", "--t_weights", "no file"),
-    flag("--s_weights {tmp}", "--s_weights", "no file"),
+    flag("--s_weights {tmp}", "--s_weights", "is a folder, not a file"),
     flag("--init_from {tmp}/none", "--init_from", "no folder"),
     flag("--data_url host/path", "--data_url", "http"),
     # instead of training

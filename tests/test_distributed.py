@@ -424,6 +424,14 @@ def test_process_of_a_group_ends_without_taking_the_interpreter_apart(word, code
     assert done.returncode == code and (done.stdout or done.stderr), done
 
 
+def test_an_error_that_nobody_foresaw_ends_a_process_of_a_group_with_1():
+    call = "import learners.check; learners.check.help_page = lambda: 1 / 0"
+    command = [sys.executable, "-c", f"{call}\n{CANNOT_BE_TAKEN_APART}", str(ROOT / "run.py"), "--help"]
+    environment = {**os.environ, "RANK": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr, done
+
+
 SRUN = r"""#!/bin/bash
 # srun for three tasks: runs the command in each and hands SIGTERM on; the highest exit code is its own.
 while [ "${1#--}" != "$1" ]; do

@@ -169,6 +169,29 @@ class TestIndependence:
                     assert torch.equal(found[role].argmax(1), expected[role].argmax(1))
 
 
+class TestOtherSettings:
+    @pytest.mark.parametrize("action", [["--eval_only"], ["--predict", "{image}"], ["--export", "{path}"]])
+    @pytest.mark.parametrize("flags, change", [
+        (["--kd_alpha", "0"], "kd_alpha 0.5 -> 0"), (["--max_task", "1"], "max_task -1 -> 1"),
+        (["--learner_name", "L2P", "--prompt_param", "30", "4", "0"], "learner_name CODAPrompt -> L2P"),
+    ])  # fmt: skip
+    def test_refused(self, action, flags, change, folder, images, tmp_path, capsys):
+        path = tmp_path / "student.safetensors"
+        action = [word.format(image=images[0], path=path) for word in action]
+        assert on(folder, *action, *flags) == 2
+        error = capsys.readouterr().err
+        assert change in error and "args.yaml has all settings" in error
+        assert not path.exists()
+
+    def test_what_decides_no_result_may_differ(self, folder, capsys):
+        assert on(folder, "--eval_only", "--workers", 1, "--accumulate", 2, "--log_interval", 3) == 0
+        assert "equal the recorded ones" in capsys.readouterr().out
+
+    def test_a_folder_that_is_not_there(self, config, tmp_path, capsys):
+        assert on(tmp_path / "gone", "--config", config, "--eval_only") == 2
+        assert f"there is no folder {tmp_path / 'gone'}" in capsys.readouterr().err
+
+
 class TestExport:
     def evaluated(self, folder, files):
         """The student's logits as evaluation computes them."""
@@ -209,6 +232,17 @@ class TestExport:
         with pytest.raises(ValueError, match="is not an exported student"):
             load_exported(path)
 
+    @pytest.mark.parametrize("name", ["classes.pt2", "manifest.safetensors", "Results/metrics.pt2"])
+    def test_a_file_of_the_run_is_not_replaced(self, name, folders, tmp_path, capsys):
+        folder = shutil.copytree(folders / "CODAPrompt", tmp_path / "run")
+        before = runs.snapshot(folder)
+        assert on(folder, "--export", folder / name) == 2
+        assert ".json would be replaced" in capsys.readouterr().err
+        assert runs.snapshot(folder) == before
+
+    def test_an_earlier_export_is_replaced(self, folder, tmp_path):
+        assert [on(folder, "--export", tmp_path / "student.safetensors") for _ in range(2)] == [0, 0]
+
     def test_full_disk(self, folder, tmp_path, monkeypatch, capsys):
         def full(*_):
             raise RunFolderError("cannot write x: No space left on device")
@@ -232,6 +266,10 @@ class TestPredict:
         Image.fromarray(np.zeros((70, 131), np.uint8)).save(tmp_path / "grey.png")
         assert on(folder, "--predict", tmp_path / "grey.png") == 0
         assert capsys.readouterr().out.count("%") == 4  # there are only 4 classes
+
+    def test_a_folder_is_no_image(self, folder, tmp_path, capsys):
+        assert on(folder, "--predict", tmp_path) == 2
+        assert f"--predict: {tmp_path} is a folder, not a file" in capsys.readouterr().err
 
     def test_no_image(self, folder, tmp_path, capsys):
         (tmp_path / "x.png").write_text("no image")

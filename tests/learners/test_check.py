@@ -1,6 +1,7 @@
 """The tables' rules and the checks of a configuration that need several values."""
 
 import dataclasses
+import sys
 
 import pytest
 
@@ -180,3 +181,14 @@ def test_paper_values_are_filled_in(tmp_path):
     loaded = check.load_checked_config([*words, "--learner_name", "L2P", "--log_dir", str(tmp_path)])
     assert loaded.prompt_param == (30, 20, -1)
     assert dataclasses.replace(loaded, prompt_param=None).prompt_param is None
+
+
+def test_a_tensorboard_that_cannot_be_loaded(monkeypatch, tmp_path):
+    package = tmp_path / "tensorboard"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AttributeError('np.bool8 is gone')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboard"]:
+        monkeypatch.delitem(sys.modules, name)
+    reason = "AttributeError: np.bool8 is gone"
+    assert f"--tensorboard: the package cannot be loaded ({reason})" in problem_of(tensorboard=True)

@@ -15,6 +15,8 @@ from PIL import Image
 
 import run
 from learners import assemble, trainer
+from learners.check import load_checked_config
+from learners.experiment import _advice
 from learners.prompt import Phase
 from learners.signals import Signals, StoppedError
 from learners.steps import EvalStep
@@ -243,6 +245,13 @@ class TestLimits:
         assert "Traceback" not in out
         assert run.main(argv) == 0
         assert runs.results(tmp_path / "run") == reference
+
+    def test_parts_divide_what_a_device_gets(self, config, tmp_path, monkeypatch):
+        asked = load_checked_config(runs.arguments(config, tmp_path, "--batch_size", 6))
+        assert "--accumulate 2" in _advice(MemoryError(), asked)
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert "--accumulate 3" in _advice(MemoryError(), asked)
 
     def test_out_of_memory_before_training(self, config, tmp_path, at, capsys):
         def fail(*_):
