@@ -99,8 +99,13 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         seconds[f"{name}_s"] = median_seconds(operation, device, options.repeats, between)
         if options.profile:
             profiles[name] = profile(operation, device)
-    latency = latencies(learner, batch[0][:1], device, options.repeats)
+    if device.type == "cuda":  # the operations' own peak, without the large product's matrices
+        del product
+        torch.cuda.reset_peak_memory_stats(device)
+        for operation in make_operations(learner, batch).values():
+            operation()
     memory = peak_memory_mb()
+    latency = latencies(learner, batch[0][:1], device, options.repeats)
     rate = 2 * gemm_size(device) ** 3 / statistics.median(products)
     learner.compile_step = lambda step: step  # what is compiled cannot be counted
     flops = {name: count_flops(run) for name, run in make_operations(learner, batch).items()}
@@ -129,6 +134,8 @@ def build(options: argparse.Namespace, device: torch.device) -> tuple[PromptLear
     check_pair(vits["teacher"], vits["student"])
     if options.precision in REDUCED:
         vits = {role: vit.reduce_precision(REDUCED[options.precision]) for role, vit in vits.items()}
+    vits = {role: vit.to(device) for role, vit in vits.items()}
+    synchronize(device)  # the device starts and takes the weights before the clock of the rest
     built = time.perf_counter()
     layers, length = options.kd_prompt_param
     learner = build_learner(
@@ -147,6 +154,7 @@ def build(options: argparse.Namespace, device: torch.device) -> tuple[PromptLear
         accumulate=options.accumulate,
         compile_step=compiled if options.compile else None,
     )
+    synchronize(device)
     seconds = {"build_s": time.perf_counter() - built, "backbones_s": built - start}
     for task in range(1, options.task):
         learner.begin_task(task)
@@ -210,6 +218,12 @@ def median_seconds(
         before_each()
         seconds.append(seconds_of(operation, device))
     return statistics.median(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def seconds_of(operation: Callable[[], Any], device: torch.device) -> float:
