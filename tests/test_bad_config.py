@@ -303,3 +303,10 @@ def test_folder_without_permission(tmp_path, capsys):
     closed.mkdir(mode=0o555)
     assert run.main(["--config", str(EMOJI_R), "--gpuid", "-1", "--log_dir", str(closed / "run")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--predict", "--export"])
+def test_an_unclear_action_is_the_only_problem(flags, tmp_path, capsys):
+    """What it would need besides is not known."""
+    assert run.main([flags, "--log_dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.count("error:") == 1

@@ -701,6 +701,8 @@ def _unique_key_loader() -> type:
 def _missing_problems(parsed: Parsed, path: Path | None) -> list[str]:
     """Settings without which the action cannot start; ``path`` is the YAML file that was read."""
     config, problems = parsed.config(), []
+    if parsed.wrong & set(_ACTIONS.values()):
+        return []  # what is to be done is not known, nor what that needs
     needs = _NEEDED[:3] if config.action == "check_data" else _NEEDED
     missing = [name for name in needs if getattr(config, name) is None and name not in parsed.wrong]
     if missing and path is not None:
