@@ -48,6 +48,7 @@ def learner(
     optim: OptimSettings | None = None,
     aux_loss_scale: float = 1.0,
     seed: int = 1,
+    device: str = "cpu",
     **options,
 ) -> PromptLearner:
     """Teacher of width 24 and student of width 16; the pool has the size of PROMPT_PARAM unless given.
@@ -69,7 +70,7 @@ def learner(
         optim=optim or OptimSettings(lr=0.01, schedule=(2,)),
         aux_loss_scale=aux_loss_scale,
         seed=seed,
-        parallel=SingleDevice(torch.device("cpu")),
+        parallel=SingleDevice(torch.device(device)),
         **options,
     )
     if dtype != torch.float32:
