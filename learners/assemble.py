@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from dataloaders.base import DataError
 from dataloaders.build import build_stream
@@ -34,6 +35,9 @@ _log = logging.getLogger(__name__)
 EVAL_BATCH_SIZE = 128
 
 REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+# More graphs than any run needs of a step with --compile: one or two for each task.
+_GRAPHS = 10_000
 
 
 @dataclass
@@ -160,10 +164,46 @@ def make_learner(
         raise ConfigError([f"--prompt_param of {config.learner_name}: {error}"]) from error
 
 
-def compiled(step: nn.Module) -> nn.Module:
-    """The step under ``torch.compile``; what cannot be compiled runs as it is, with a warning."""
-    torch._dynamo.config.suppress_errors = True
-    return torch.compile(step)
+def compiled(step: nn.Module, backend: str | Callable = "inductor") -> nn.Module:
+    """The step under ``torch.compile``; if that fails, this and all later steps of the process run as they are."""
+    # A pool that reads its task's number, or another shape, gives another graph. Beyond 8 of them torch would go on
+    # without compiling, and only tell the standard error. These names are the ones that all supported versions know.
+    torch._dynamo.config.cache_size_limit = _GRAPHS
+    torch._dynamo.config.accumulated_cache_size_limit = _GRAPHS
+    return _Compiled(step, backend)
+
+
+class _Compiled(nn.Module):
+    """Compiles at the first call, and again for each new shape and task.
+
+    A step changes nothing but the random state, so one whose compilation fails can begin again. What some backends
+    compile later, in the backward pass, is not caught.
+    """
+
+    failed = False  # in this process: what one step lacks, a compiler mostly, all of them lack
+
+    def __init__(self, step: nn.Module, backend: str | Callable) -> None:
+        super().__init__()
+        self.step = step
+        # Not the module, which would hold the step's parameters a second time under other names.
+        self._run = torch.compile(step.forward, backend=backend)
+
+    def forward(self, *inputs):
+        if not _Compiled.failed:
+            try:
+                return self._run(*inputs)
+            except TorchDynamoException as error:  # an error of the step itself comes as it is
+                _Compiled.failed = True
+                _log.warning("--compile is left out from here on, as torch.compile fails: %s", _reason(error))
+        return self.step(*inputs)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what is at the bottom of an error of the compiler."""
+    while (inner := getattr(error, "inner_exception", None)) is not None:
+        error = inner
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def set_precision(precision: str) -> None:

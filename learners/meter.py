@@ -28,7 +28,8 @@ class LossMeter:
 
     Args:
         parallel: averages over processes.
-        check_gradient: False where the loss scaling of fp16 makes an infinite gradient normal.
+        check_gradient: False where the loss scaling of fp16 makes an infinite gradient normal: its step is skipped,
+            and left out of the gradient's mean.
     """
 
     def __init__(self, parallel: Parallel, *, check_gradient: bool = True) -> None:
@@ -37,6 +38,7 @@ class LossMeter:
         self.names: list[str] = []
         self.sums: dict[str, float] = {}
         self.steps = 0
+        self.skipped = 0
         self.images = 0
         self._pending: list[Tensor] = []
         self._pending_images = 0
@@ -64,7 +66,9 @@ class LossMeter:
         # Step by step, so that the sums do not depend on when they are read.
         for row in values.tolist():
             for name, value in zip(self.names, row, strict=True):
-                self.sums[name] = self.sums.get(name, 0.0) + value
+                skipped = name == GRADIENT and not math.isfinite(value)  # _check has let it pass
+                self.skipped += skipped
+                self.sums[name] = self.sums.get(name, 0.0) + (0.0 if skipped else value)
         self.steps += len(values)
         self.images += self._pending_images
         self._pending, self._pending_images = [], 0
@@ -72,14 +76,18 @@ class LossMeter:
     def means(self) -> dict[str, float]:
         """Mean of each term over the steps read so far, and the training ``accuracy`` in %."""
         means = {name: total / max(self.steps, 1) for name, total in self.sums.items() if not is_count(name)}
+        if self.skipped:
+            updates = self.steps - self.skipped
+            means[GRADIENT] = self.sums[GRADIENT] / updates if updates else math.nan
         correct = self.sums.get("correct", 0.0)
         return means | {"accuracy": 100 * correct / self.images if self.images else math.nan}
 
     def state(self) -> dict[str, Any]:
-        return {"sums": self.sums, "steps": self.steps, "images": self.images}
+        return {"sums": self.sums, "steps": self.steps, "skipped": self.skipped, "images": self.images}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.sums, self.steps, self.images = dict(state["sums"]), state["steps"], state["images"]
+        self.skipped = state.get("skipped", 0)  # states of earlier versions do not have it
 
     def _check(self, values: Tensor) -> None:
         finite = values.isfinite()

@@ -165,7 +165,10 @@ class Phase:
         self.parameters = step.trained_parameters()
         self.optimizer = build_optimizer(self.parameters, optim)
         half = step.query_vit.autocast_dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(parallel.device.type, enabled=half)
+        # Each process goes backward from the mean of its own rows, and only then are gradients averaged: with the
+        # default scale they would be as many times larger as there are processes, and overflow the earlier.
+        scale = 2.0**16 / parallel.world_size
+        self.scaler = torch.amp.GradScaler(parallel.device.type, init_scale=scale, enabled=half)
         self.step.train()
         self.run = parallel.wrap(compile_step(self.step))
 
@@ -187,7 +190,12 @@ class Phase:
         Returns:
             ``loss``, its terms, ``correct`` and ``gradient`` (norm before the update), on the device, for this
             process's rows.
+
+        Raises:
+            ValueError: the rows cannot be cut into ``accumulate`` equal parts, whose means would not be the batch's.
         """
+        if len(images) % self.accumulate:
+            raise ValueError(f"{len(images)} images cannot be cut into {self.accumulate} equal parts")
         self.optimizer.zero_grad(set_to_none=True)
         parts = []
         chunks = list(zip(images.chunk(self.accumulate), targets.chunk(self.accumulate), strict=True))

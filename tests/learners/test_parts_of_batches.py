@@ -73,6 +73,15 @@ def test_accumulation(learner_name, kd_method, phase, accumulate=2):
     assert_close(gradients(parts), gradients(whole))
 
 
+def test_parts_of_unequal_size_are_refused(accumulate=3):
+    """The mean of their means would not be the mean of the batch."""
+    phase = begin("L2P", "KD", "student", accumulate=accumulate)
+    before = small.snapshot(phase.step)
+    with pytest.raises(ValueError, match="8 images cannot be cut into 3 equal parts"):
+        phase.train_step(*batch_of(1, torch.float64, size=LARGE))
+    assert not small.changed(phase.step, before)
+
+
 @pytest.mark.parametrize(("learner_name", "kd_method"), PAIRS)
 def test_evaluation_in_parts(learner_name, kd_method):
     learner = small.learner(learner_name, kd_method, dtype=torch.float64)

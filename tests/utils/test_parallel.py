@@ -17,6 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel, gather, replicate
 from torch.nn.parallel.scatter_gather import scatter_kwargs
 
+from learners.assemble import compiled
 from learners.distillers import DISTILLERS
 from learners.optim import OptimSettings
 from learners.prompt import is_count
@@ -52,14 +53,14 @@ def build(case, where, **options):
     return learner
 
 
-def compare(case, where, tasks=2):
-    """Train equal learners on the same global batches, one at ``where`` and one alone.
+def compare(case, where, tasks=2, **options):
+    """Train equal learners on the same global batches, one at ``where`` (with ``options``) and one alone.
 
     Returns:
         largest difference of a loss or gradient, on the first process; pairs of bytes that DDP reduced in a step
         and bytes of the trained parameters; SHA-256 of what was learned.
     """
-    ours = build(case, where)
+    ours = build(case, where, **options)
     alone = build(case, SingleDevice(where.device)) if where.rank == 0 else None
     # The teacher's phase is the same for all KD methods: once for each pool is enough.
     phases = ours.phases if case[1] == "KD_Token" else ours.phases[-1:]
@@ -137,6 +138,51 @@ def assert_equal_gradients(processes, cases, tasks, device="cpu"):
 def test_processes_compute_the_gradient_of_one(processes, cases, tasks):
     """Also: they exchange the trained parameters' bytes and nothing else, and grow the pools alike."""
     assert_equal_gradients(processes, cases, tasks)
+
+
+def compare_with_a_compiler_on_one():
+    where = build_parallel("cpu", None, timeout_s=60)
+
+    def backend(graph, examples):
+        if where.rank == 1:
+            raise RuntimeError("no compiler")
+        return graph.forward
+
+    worst, _, learned = compare(("L2P", "KD", None), where, 1, compile_step=lambda step: compiled(step, backend))
+    leave_group()
+    return worst, learned
+
+
+def test_a_process_without_a_compiler_computes_with_the_others():
+    with Group(2, compare_with_a_compiler_on_one) as group:
+        outcomes = group.outcomes(timeout=120)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
+    (worst, of_first), (_, of_second) = (outcome.result for outcome in outcomes)
+    assert worst < 1e-9 and of_first == of_second
+    assert ["no compiler" in outcome.output for outcome in outcomes] == [False, True]
+
+
+def gradients_inside(rank, world_size):
+    """What a process's backward pass carries to the head in fp16, and the update's gradient norm."""
+    where = SingleDevice(torch.device("cpu"))
+    where.world_size = world_size
+    learner = small.learner("L2P", "KD", reduced=torch.float16, seed=1)
+    learner.parallel = where
+    phase = learner.begin_phase("teacher", small.classes_of(0))
+    inside = []
+    learner.teacher.last.register_full_backward_hook(lambda module, given, coming: inside.append(coming[0]))
+    rows = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+    images, targets = small.batch_of(0, size=BATCH)
+    norm = phase.train_step(images[rows], targets[rows])["gradient"]
+    return torch.cat(inside), norm
+
+
+def test_fp16_gradients_are_as_large_in_several_processes_as_in_one():
+    """Inside of a model, where they overflow: DDP divides by the number of processes only at the end."""
+    one, norm = gradients_inside(0, 1)
+    of_two, norms = zip(*(gradients_inside(rank, 2) for rank in range(2)), strict=True)
+    torch.testing.assert_close(torch.cat(of_two), one, rtol=0.02, atol=1e-3 * one.abs().max().item())
+    assert norm.isfinite() and all(norm.isfinite() for norm in norms)
 
 
 def begin_with_other_numbers():

@@ -1,0 +1,131 @@
+"""``--compile``: steps stay compiled from task to task, and run as they are where there is no compiler."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from learners import assemble
+from tests.learners import small
+from tests.learners.small import batch_of, classes_of
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_new_process(monkeypatch):
+    monkeypatch.setattr(assemble._Compiled, "failed", False)
+    torch.compiler.reset()
+    limits = ("cache_size_limit", "accumulated_cache_size_limit")
+    before = {name: getattr(torch._dynamo.config, name) for name in limits}
+    yield
+    for name, value in before.items():
+        setattr(torch._dynamo.config, name, value)
+    torch.compiler.reset()
+
+
+class Backend:
+    """Of ``torch.compile``; counts what it is asked to compile and what of it runs, or fails."""
+
+    def __init__(self, failure: str | None = None) -> None:
+        self.failure = failure
+        self.asked = 0
+        self.runs = 0
+
+    def __call__(self, graph, examples):
+        self.asked += 1
+        if self.failure is not None:
+            raise RuntimeError(self.failure)
+
+        def run(*inputs):
+            self.runs += 1
+            return graph.forward(*inputs)
+
+        return run
+
+
+def compiling(backend):
+    return lambda step: assemble.compiled(step, backend)
+
+
+class ForOneTask(nn.Module):
+    """A step that depends on its task as the pools do: by a number that is an attribute of a module."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x):
+        return x[: self.pool.task + 1].sum()
+
+
+class Evaluation(ForOneTask):
+    def forward(self, x):
+        return x[self.pool.task :].sum()
+
+
+def test_later_tasks_are_compiled_too(tasks=12):
+    """torch itself would stop after 8 and only tell the standard error."""
+    pool, backend, x = nn.Module(), Backend(), torch.arange(20.0)
+    for pool.task in range(tasks):
+        for kind in (ForOneTask, Evaluation):
+            step = assemble.compiled(kind(pool), backend)
+            before = backend.runs
+            for _ in range(2):
+                assert step(x) == kind(pool)(x)
+            assert backend.runs == before + 2, f"task {pool.task + 1}: {kind.__name__}"
+
+
+def test_all_steps_of_a_learner_are_compiled():
+    backend = Backend()
+    learner = small.learner("CODAPrompt", "KD", compile_step=compiling(backend), teacher_depth=1, student_depth=1)
+    for phase in learner.phases:
+        before = backend.runs
+        learner.begin_phase(phase, classes_of(0)).train_step(*batch_of(0))
+        assert backend.runs > before, phase
+    before = backend.runs
+    with torch.inference_mode():
+        learner.evaluator()(*batch_of(0), 2)
+    assert backend.runs > before
+
+
+def test_without_a_compiler_all_steps_run_as_they_are(caplog):
+    """One attempt and one sentence in the log, for the whole process."""
+    backend = Backend(failure="No working C++ compiler found\nand twenty lines more")
+    results = []
+    with caplog.at_level(logging.WARNING):
+        for compile_step in (None, compiling(backend)):
+            learner = small.learner("L2P", "KD_Token", compile_step=compile_step)
+            results.append([])
+            for phase in learner.phases:
+                stage = learner.begin_phase(phase, classes_of(0))
+                results[-1] += [stage.train_step(*batch_of(0, seed=seed)) for seed in range(2)]
+            with torch.inference_mode():
+                results[-1].append(learner.evaluator()(*batch_of(0), 2))
+    assert backend.asked == 1
+    (record,) = caplog.records
+    assert record.name == "learners.assemble"  # a logger whose warnings reach output.log
+    assert record.getMessage().endswith("torch.compile fails: RuntimeError: No working C++ compiler found")
+    for eager, compiled in zip(*results, strict=True):
+        assert all(torch.equal(compiled[name], value) for name, value in eager.items())
+
+
+def test_errors_of_the_step_itself_are_raised(caplog):
+    def backend(graph, examples):
+        def run(*inputs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return run
+
+    step = assemble.compiled(nn.Linear(2, 2), backend)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(torch.ones(1, 2))
+    assert not assemble._Compiled.failed and "--compile" not in caplog.text
+
+
+def test_parameters_keep_their_names():
+    """DistributedDataParallel sends the parameters that it finds, each once."""
+    step = nn.Linear(2, 2)
+    names = [name for name, _ in assemble.compiled(step, Backend()).named_parameters(remove_duplicate=False)]
+    assert names == ["step.weight", "step.bias"]

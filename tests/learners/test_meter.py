@@ -1,0 +1,42 @@
+"""Means of an epoch's losses, and which numbers end a run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from learners.meter import LossMeter, NonFiniteError
+from utils.parallel import SingleDevice
+
+
+def meter_of(*gradients: float, check_gradient: bool = False, read_each: bool = False) -> LossMeter:
+    """One that was given steps with a loss of 1 and these gradients, on four images of which two were right."""
+    meter = LossMeter(SingleDevice(torch.device("cpu")), check_gradient=check_gradient)
+    for gradient in gradients:
+        meter.add({"loss": torch.ones(()), "correct": torch.tensor(2), "gradient": torch.tensor(gradient)}, 4)
+        if read_each:
+            meter.read()
+    meter.read()
+    return meter
+
+
+@pytest.mark.parametrize("read_each", [False, True])
+@pytest.mark.parametrize("skipped", [math.inf, math.nan])
+def test_the_mean_gradient_is_that_of_the_updates(skipped, read_each):
+    """With fp16 a step whose gradient is not finite is left out, and the next one has a smaller loss scale."""
+    meter = meter_of(skipped, 2.0, 4.0, read_each=read_each)
+    assert meter.means() == {"loss": 1.0, "gradient": 3.0, "accuracy": 50.0}
+    again = LossMeter(meter.parallel, check_gradient=False)
+    again.load_state(meter.state())
+    assert again.means() == meter.means()
+
+
+def test_without_an_update_there_is_no_mean_gradient():
+    assert math.isnan(meter_of(math.inf).means()["gradient"])
+
+
+def test_elsewhere_a_gradient_that_is_not_finite_ends_the_run():
+    with pytest.raises(NonFiniteError, match="step 2: gradient is inf"):
+        meter_of(1.0, math.inf, check_gradient=True)
