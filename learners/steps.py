@@ -142,14 +142,15 @@ class StudentStep(Step):
     def _teach(self, images: Tensor, query: Tensor) -> ModelOutput | None:
         if self.teacher is None:
             return None
-        # torch.compile fails on inference mode inside of what it compiles.
-        without_gradients = torch.no_grad if torch.compiler.is_compiling() else torch.inference_mode
-        with without_gradients():
-            tokens = self.teacher.vit.embed(images)
-            output = self.teacher(tokens, query, return_blocks=self.distiller.needs_blocks)
-        # A loss may keep what it reads for its gradient, but nothing that was made in inference mode.
-        blocks = tuple(block.clone() for block in output.blocks)
-        return ModelOutput(output.logits.clone(), output.extra.clone(), blocks, output.prompt_loss.clone())
+        needs_blocks = self.distiller.needs_blocks
+        # A loss can keep nothing for its gradient that was made in inference mode: logits are copied, all blocks'
+        # outputs would be too much. torch.compile fails on inference mode inside of what it compiles.
+        if needs_blocks or torch.compiler.is_compiling():
+            with torch.no_grad():
+                return self.teacher(self.teacher.vit.embed(images), query, return_blocks=needs_blocks)
+        with torch.inference_mode():
+            output = self.teacher(self.teacher.vit.embed(images), query)
+        return ModelOutput(output.logits.clone(), output.extra.clone(), (), output.prompt_loss.clone())
 
 
 class EvalStep(nn.Module):

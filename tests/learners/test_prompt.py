@@ -169,8 +169,9 @@ def test_aux_loss_scale_counts_prompt_and_feature_losses_only(phase):
     torch.testing.assert_close(two["loss"], sum(terms))
 
 
-@pytest.mark.parametrize("kd_method", [name for name in DISTILLERS if DISTILLERS[name].needs_teacher])
+@pytest.mark.parametrize("kd_method", ["KD", "DKD", "KD_Token"])
 def test_the_teacher_runs_in_inference_mode_in_the_students_phase(kd_method):
+    """But for methods that compare features, whose copies would be too large."""
     learner = small.learner("CODAPrompt", kd_method)
     modes = {}
     for role, model in learner.models.items():
