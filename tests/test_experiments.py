@@ -1,16 +1,22 @@
 """The scripts in experiments/ call run.py as they say; a stub of Python writes down the calls."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from utils.checkpoint import RunFolder
+from utils.config import OPTIONS, load_config
+
 ROOT = Path(__file__).parents[1]
 STUB = r"""#!/bin/sh
 # A Python that writes its arguments down. A run gets finished unless it holds the word in FAIL.
+[ "$1" = -c ] && [ -n "$2" ] && PYTHONPATH=$CODE exec "$REAL" "$@" # the check of all runs
 [ "$2" = "${2%run.py}" ] && [ "$1" != -m ] && exit 0
 text=$(printf '%s\n' "$@" "threads=${OMP_NUM_THREADS:-}" "in=$PWD")
 printf '%s\n\n' "$text" >>"$CALLS" # in one piece: another run may write at the same time
@@ -18,12 +24,12 @@ printf '%s\n\n' "$text" >>"$CALLS" # in one piece: another run may write at the 
 echo "bars of run.py"
 for word; do
     [ "$last" = --log_dir ] && folder=$word
-    [ "$word" = "${FAIL:-}" ] && exit 2
+    [ "$word" = "${FAIL:-}" ] && exit "$CODE_OF_FAIL"
     last=$word
 done
 mkdir -p "$folder/Results" "$folder/models/task-1"
 case " $* " in *" none "*) ;; *) : >"$folder/models/task-1/T_class.pth" ;; esac
-echo ' "complete": true' >"$folder/manifest.json"
+printf '%s' "$MANIFEST" >"$folder/manifest.json"
 printf '70.00\n61.25\n' >"$folder/Results/acc_s.csv"
 """
 
@@ -39,13 +45,17 @@ def script(tmp_path):
     (bin_dir / "python").write_text(STUB)
     (bin_dir / "python").chmod(0o755)
     calls = tmp_path / "calls"
+    folder = RunFolder(tmp_path / "finished")
+    folder.commit({}, complete=True)
+    manifest = (folder.root / "manifest.json").read_text()
 
     def call(name, *arguments, code=0, **environment):
         calls.write_text("")
         kept = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "CONDA_PREFIX")}
         done = subprocess.run(
             ["bash", str(project / "experiments" / name), *arguments], cwd=tmp_path, capture_output=True, text=True,
-            env={**kept, "VIRTUAL_ENV": str(tmp_path / "env"), "CALLS": str(calls), **environment},
+            env={**kept, "VIRTUAL_ENV": str(tmp_path / "env"), "CALLS": str(calls), "CODE": str(ROOT),
+                 "REAL": sys.executable, "MANIFEST": manifest, "CODE_OF_FAIL": "2", **environment},
             stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
@@ -102,13 +112,13 @@ def test_whole_table_of_a_data_set(script):
 
 def test_any_part_of_the_table(script, tmp_path):
     options = ["imagenet-r", "--learners", "L2P", "CODAPrompt", "--kd", "KD", "KD_Token:12,6", "--pairs", "base-small",
-               "--seeds", "4", "5", "--out", "my out", "--", "--gpuid", "0", "--name", "a b"]
+               "--seeds", "4", "5", "--out", "my out", "--", "--gpuid", "-1", "--dataroot=a b"]
     done, calls = script("table.sh", *options)
     *runs, report = calls
     assert len(runs) == 2 * 2 * 2
     assert {flag(c, "--random_s") for c in runs} == {"4", "5"}
     assert flag(runs[2], "--log_dir") == str(tmp_path / "my out/base-small/L2P/KD_Token-12-6/seed-4")
-    assert all(flag(c, "--gpuid") == "0" and flag(c, "--name") == "a b" for c in runs)
+    assert all(flag(c, "--gpuid") == "-1" and "--dataroot=a b" in c for c in runs)
     assert "bars of run.py" in done.stdout
     assert "base-small L2P KD, seed 4: accuracy 61.25 %" in done.stdout
     done, calls = script("table.sh", *options)
@@ -141,22 +151,73 @@ def test_kd_methods_share_the_teacher(script, tmp_path):
 
 
 def test_failed_run_stops_the_table_but_not_the_report(script):
-    done, calls = script("table.sh", "emoji-r", "--learners", "L2P", code=1, FAIL="DKD")
+    done, calls = script("table.sh", "emoji-r", "--learners", "L2P", code=1, FAIL="DKD", CODE_OF_FAIL="1")
     assert [flag(c, "--KD_method") for c in calls[:-1]] == ["none", "KD", "DKD"]
     assert calls[-1][1] == "utils.report"
-    assert "mini L2P DKD, seed 1 stopped with exit code 2" in done.stderr
+    assert "mini L2P DKD, seed 1 stopped with exit code 1" in done.stderr
     assert "started again with the same arguments" in done.stderr
+
+
+def test_no_advice_to_start_a_refused_run_again(script):
+    done, calls = script("table.sh", "emoji-r", "--learners", "L2P", code=1, FAIL="DKD")
+    assert len(calls) == 4 and calls[-1][1] == "utils.report"
+    assert "mini L2P DKD, seed 1 was refused" in done.stderr and "started again" not in done.stderr
+
+
+EMOJI_L2P = ["emoji-r", "--learners", "L2P"]
 
 
 @pytest.mark.parametrize("arguments, words", [
     ([], "first argument"), (["mnist"], "not 'mnist'"), (["emoji-r", "--pairs", "base-small"], "no pair for emoji-r"),
     (["cifar-100", "--seeds"], "--seeds needs a value"), (["cifar-100", "--seed", "1"], "unknown option --seed"),
-    (["cifar-100", "--jobs", "0"], "--jobs must be"),
+    (["cifar-100", "--jobs", "0"], "--jobs must be"), (["emoji-r", "--jobs", "1", "2"], "--jobs 1 2: give one value"),
+    (["emoji-r", "--out", "a", "b"], "--out a b: give one value"), (["emoji-r", "--out", ""], "--out '' is empty"),
+    ([*EMOJI_L2P, "--kd", "none", "BOGUS"], "--kd: "),
+    (["emoji-r", "--kd", "KD", "--learners", "Mine"], "--learners: "),
+    ([*EMOJI_L2P, "--kd", "KD:4,6"], "--kd KD:4,6: KD takes no parameter"),
+    ([*EMOJI_L2P, "--kd", "none", "KD_Token:4,x"], "--kd KD_Token:4,x: after the colon"),
+    ([*EMOJI_L2P, "--kd", "none", "KD_Token:99,6"], "--kd: the first value (layers)"),
+    (["emoji-r", "--seeds", "1", "x"], "--seeds x is no whole number"),
+    ([*EMOJI_L2P, "--kd", "none", "--seeds", "1", "9" * 30], "--seeds "),
+    ([*EMOJI_L2P, "--kd", "none", "--", "--lr", "x"], "--lr "),
+    ([*EMOJI_L2P, "--out", "/dev/null/x"], "--out: /dev/null is a file"),
 ])
 def test_mistakes(script, arguments, words):
     done, calls = script("table.sh", *arguments, code=2)
     assert words in done.stderr and done.stderr.count("\n") == 1 and not calls
     assert not (script.project / "outputs").exists()
+
+
+@pytest.mark.parametrize("word", [
+    "--log_dir", "--log_dir=x", "--random_s", "--repeat", "--learner_type", "--learner_name", "--prompt_param",
+    "--KD_method", "--kd_prompt_param", "--t_model", "--s_model", "--config", "--dataset", "--teacher_from",
+    "--overwrite", "--check_data", "--eval_only", "--export", "--predict",
+])  # fmt: skip
+def test_flags_that_the_table_sets_cannot_be_added(script, word):
+    done, calls = script("table.sh", "emoji-r", "--", "--lr", "0.1", word, "1", code=2)
+    assert f"table.sh: {word} cannot stand after --: " in done.stderr and done.stderr.count("\n") == 1 and not calls
+
+
+def test_values_given_twice_count_once(script):
+    _, calls = script("table.sh", "emoji-r", "--learners", "L2P", "L2P", "--kd", "none", "KD", "none",
+                      "--seeds", "1", "1", "--jobs", "2")  # fmt: skip
+    assert len(calls) == 2 + 1
+
+
+def test_results_of_other_flags_are_not_handed_over(script, tmp_path):
+    options = ["table.sh", *EMOJI_L2P, "--kd", "KD", "none", "--out", "runs", "--", "--schedule"]
+    _, calls = script(*options, "1")
+    folder = RunFolder(tmp_path / "runs/mini/L2P/none/seed-1")
+    (run,) = [call for call in calls if "none" in call]
+    settings = load_config(run[2 : run.index("threads=")]).to_yaml_dict()
+    folder.commit({"args.yaml": json.dumps(settings).encode()}, complete=True)
+    done, calls = script(*options, "1")
+    assert len(calls) == 1 and done.stdout.count("finished before") == 2
+    done, calls = script(*options, "2", code=2)
+    assert not calls and done.stderr.count("\n") == 1 and "finished before" not in done.stdout
+    assert "other settings (schedule [1] -> [2])" in done.stderr and "another --out" in done.stderr
+    _, calls = script(*options, "1", "--max_task", "1", code=0)  # run.py itself knows whether it can go on
+    assert [flag(call, "--KD_method") for call in calls[:-1]] == ["none"]
 
 
 @pytest.mark.parametrize("name", ["cifar-100.sh", "imagenet-r.sh", "table.sh", "quickstart_table.sh"])
@@ -166,8 +227,6 @@ def test_help(script, name):
 
 
 def test_options_of_the_scripts_are_options_of_run_py():
-    from utils.config import OPTIONS
-
     text = "".join(path.read_text() for path in ROOT.glob("experiments/*.sh"))
     own = {"learners", "kd", "pairs", "seeds", "jobs", "out", "cell", "help", "tests", "standalone", "nproc"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", text)) - own <= set(OPTIONS)
