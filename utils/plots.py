@@ -77,10 +77,13 @@ def curves_png(
 
 
 def accuracy_limits(curves: Iterable[Sequence[float]]) -> tuple[float, float]:
-    """A range (%) that holds all curves: at least 10 points, lest noise look like a trend."""
+    """A range (%) that holds all curves: at least 10 points, lest noise look like a trend.
+
+    It ends a sliver beyond 0 and 100: no accuracy lies there, but a marker on the edge must show whole.
+    """
     values = [value for curve in curves for value in curve]
     middle, half = (min(values) + max(values)) / 2, max(5.0, 0.58 * (max(values) - min(values)))
-    return middle - half, middle + half
+    return max(middle - half, -1.0), min(middle + half, 101.0)
 
 
 def _png(draw: Any, *arguments: Any) -> bytes | None:

@@ -127,5 +127,6 @@ def test_losses_are_the_total_and_its_terms():
 
 def test_limits():
     assert accuracy_limits([[70.0, 71.0]]) == (65.5, 75.5)
+    assert accuracy_limits([[0.0, 100.0]]) == (-1.0, 101.0)
     low, high = accuracy_limits([[40.0], [90.0, 80.0]])
     assert low < 40 and high > 90
