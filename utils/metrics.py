@@ -133,7 +133,7 @@ class AccuracyMatrix:
         rows = values.get("accuracy_matrix") if isinstance(values, Mapping) else None
         if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
             raise ValueError("no accuracy_matrix, a list of rows")
-        if not all(isinstance(value, int | float) for row in rows for value in row):
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) for row in rows for v in row):
             raise ValueError("accuracy_matrix holds something that is no number")
         return cls(rows)
 

@@ -161,6 +161,11 @@ def test_damaged_and_foreign_folders_are_listed(tmp_path):
         "null": json.dumps(json.loads(whole) | {"student": None, "dataset": None}),
         "param": json.dumps(json.loads(whole) | {"KD_method": "KD_Token", "settings": {"kd_prompt_param": "ab"}}),
     }
+    for key, value in {"seed": True, "num_tasks": 10**7}.items():
+        broken[f"odd-{key[:3]}"] = json.dumps(json.loads(whole) | {key: value})
+    broken["huge-seed"] = json.dumps(json.loads(whole) | {"seed": 10**400})
+    nested["student"]["accuracy_matrix"] = [[True], [50.0, 60.0]]
+    broken["true-accuracy"] = json.dumps(nested)
     for name, text in broken.items():
         (runs / name / "Results").mkdir(parents=True)
         (runs / name / "Results" / "metrics.json").write_text(text)

@@ -67,6 +67,9 @@ class Run:
         return self.tasks_done == self.num_tasks
 
 
+_MOST_TASKS = 10_000
+
+
 def find_runs(folders: Sequence[Path], leave_out: Path | None = None) -> tuple[list[Run], list[Unused]]:
     """All runs below ``folders``, and what lies there but cannot be used.
 
@@ -150,6 +153,9 @@ def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
         raise ValueError("the names of data set, models and methods must be text")
     if not isinstance(settings, dict) or not isinstance(seed, int) or not isinstance(num_tasks, int):
         raise ValueError("settings, seed or num_tasks is of the wrong type")
+    # To Python true is the integer 1, and numbers beyond all sense would fail or fill the page later.
+    if isinstance(seed, bool) or isinstance(num_tasks, bool) or abs(seed) >= 2**64 or num_tasks > _MOST_TASKS:
+        raise ValueError("seed or num_tasks is no number that a run can have")
     dataset, teacher_model, student_model, learner, method = names
     student = AccuracyMatrix.from_dict(metrics["student"])
     teacher = None if metrics["teacher"] is None else AccuracyMatrix.from_dict(metrics["teacher"])
