@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import tempfile
@@ -84,6 +85,7 @@ class RunRecord:
         parameters: Mapping[str, Any],
         environment: Mapping[str, Any],
         peak_memory_mb: Mapping[str, float],
+        data: Mapping[str, Any],
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
         """Contents of ``Results/``, and the metrics as plain data for the pictures."""
         teacher, student = self.matrix("teacher"), self.matrix("student")
@@ -97,6 +99,7 @@ class RunRecord:
             parameters=parameters,
             losses=self.losses,
             prompt_usage=self.usage,
+            data=data,
         )
         timing = self._timing() | {"peak_memory_mb": dict(peak_memory_mb), **environment}
         files = {
@@ -153,7 +156,20 @@ class ResultFiles:
             parameters=parts.parameter_counts(),
             environment=self.environment,
             peak_memory_mb=peak_memory_mb(),
+            data=data_identity(parts.stream),
         )
+
+
+def data_identity(stream: TaskStream) -> dict[str, Any]:
+    """What tells the stream's data set from another of the same name; the seed and the order of classes do not."""
+    names = json.dumps(sorted(stream.class_names), ensure_ascii=False)
+    return {
+        "split": stream.split,
+        "classes": stream.num_classes,
+        "class_names_sha256": hashlib.sha256(names.encode()).hexdigest(),
+        "train_images": len(stream.train_images.used),
+        "test_images": len(stream.test_images.used),
+    }
 
 
 def stream_facts(stream: TaskStream, identity: Mapping[str, str]) -> dict[str, Any]:

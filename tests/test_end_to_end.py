@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 import run
 from learners import assemble
 from learners.distillers import DISTILLERS
+from learners.record import data_identity
 from models.prompts import PROMPTS
 from tests import runs
 from utils.checkpoint import from_bytes
@@ -52,6 +54,8 @@ def test_every_pair(pool, kd_method, config, learners, tmp_path):
     assert {name for name in found if not name.startswith("state/")} == expected
 
     metrics = json.loads((folder / "Results/metrics.json").read_text())
+    counts = {"split": "folder", "classes": 4, "train_images": 28, "test_images": 12}
+    assert counts.items() <= metrics["data"].items()
     assert metrics["complete"] and (metrics["teacher"] is None) == ("T" not in roles)
     for letter, role in roles.items():
         accuracies = metrics[role]["average_accuracy"]
@@ -124,3 +128,11 @@ def test_the_entry_point_loads_no_torch():
     """The help, configurations that cannot run and finished runs must not wait for it."""
     script = "import sys, run, learners.experiment; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_the_identity_of_data_is_that_of_all_seeds_and_orders():
+    images = {"train_images": SimpleNamespace(used=range(5)), "test_images": SimpleNamespace(used=range(2))}
+    streams = [SimpleNamespace(class_names=list(names), split="folder", num_classes=3, **images)
+               for names in ("abc", "cab", "abd")]  # fmt: skip
+    one, shuffled, other = map(data_identity, streams)
+    assert one == shuffled != other

@@ -154,6 +154,7 @@ def build_metrics(
     parameters: Mapping[str, Any],
     losses: Mapping[str, Any],
     prompt_usage: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of Results/metrics.json as plain data, ready for :func:`metrics_json` and the pictures.
 
@@ -167,6 +168,7 @@ def build_metrics(
         parameters: ``{"teacher": {"total": int, "trained": int} | None, "student": {...}}``.
         losses: ``{"teacher": [[{term: mean, …} per epoch] per task], "student": …}``; a role may be missing.
         prompt_usage: ``{"teacher": [{layer: [share or weight per entry]} per task], "student": …}``, too.
+        data: what tells the data set from others of the same name, alike for all seeds.
 
     Raises:
         ValueError: a setting is missing, or the parts do not describe the same number of tasks.
@@ -194,6 +196,7 @@ def build_metrics(
         "num_tasks": num_tasks,
         "tasks_done": done,
         "classes": [list(pair) for pair in classes],
+        "data": None if data is None else dict(data),
         "teacher": None if teacher is None else teacher.to_dict(),
         "student": student.to_dict(),
         "parameters": parameters,

@@ -27,7 +27,7 @@ def no_pictures(request, monkeypatch):
 
 
 def put(folder, *, final=60.0, tasks=2, done=None, dataset="Emoji_R", learner="L2P", method="KD", seed=1,
-        t_model="mini_vit_base", s_model="mini_vit_small", seconds=None, **settings):
+        t_model="mini_vit_base", s_model="mini_vit_small", seconds=None, phases=(), data=None, **settings):
     """A run that never took place: ``final`` is the student's accuracy on each task after the last one."""
     done = tasks if done is None else done
     rows = [[final + 1.0] * (task + 1) for task in range(done)]
@@ -38,12 +38,13 @@ def put(folder, *, final=60.0, tasks=2, done=None, dataset="Emoji_R", learner="L
                   "s_model": s_model, "random_s": seed, "kd_prompt_param": [4, 6], "lr": 0.1, **settings},
         settings_hash="0", num_tasks=tasks, classes=[(i, i + 1) for i in range(tasks)],
         teacher=None if method == "none" else AccuracyMatrix([[80.0] * (i + 1) for i in range(done)]),
-        student=student, parameters={}, losses={}, prompt_usage={},
+        student=student, parameters={}, losses={}, prompt_usage={}, data=data,
     )
     (folder / "Results").mkdir(parents=True)
     (folder / "Results" / "metrics.json").write_text(metrics_json(metrics), encoding="utf-8")
     if seconds is not None:
-        (folder / "Results" / "timing.json").write_text(json.dumps({"total_seconds": seconds}))
+        (folder / "Results" / "timing.json").write_text(json.dumps(
+            {"total_seconds": seconds, "phases": [{"phase": phase} for phase in phases]}))
     return folder
 
 
@@ -68,6 +69,43 @@ def test_paper_numbers():
     row = paper["CIFAR100", "vit_base_patch16_224", "vit_small_patch16_224", "CODAPrompt"]
     assert row[Column("ReviewKD")] == (82.20, 7.54)
     assert row[Column("KD_Token", (1, 6))] == (83.72, 6.40) and row[Column("KD_Token", (12, 6))] == (84.31, None)
+
+
+def data_of(**changes):
+    """As runs tell what they were trained on."""
+    return {"split": "folder", "classes": 4, "class_names_sha256": "a" * 64, "train_images": 28, "test_images": 12,
+            **changes}  # fmt: skip
+
+
+def test_data_sets_of_one_name_are_told_apart(tmp_path):
+    """Also when the seed is the same, and when older runs do not tell what they were trained on."""
+    others = [data_of(), data_of(classes=6), data_of(train_images=30), data_of(class_names_sha256="b" * 64), None]
+    for number, data in enumerate(others):
+        put(tmp_path / f"runs/{number}", final=10.0 * number, data=data)
+    put(tmp_path / "runs/more tasks", tasks=3, data=data_of())
+    put(tmp_path / "runs/second seed", seed=2, data=data_of())
+    files = report(tmp_path / "runs", out=tmp_path / "out")
+    rows = cells(files)
+    assert sorted(row["n"] for row in rows.values()) == ["1"] * 5 + ["2"]
+    assert any("classes 6, " in key[3] for key in rows) and any("tasks 3" in key[3] for key in rows)
+    assert "which is used" not in files["md"]
+
+
+def test_another_split_than_the_papers_has_no_difference(tmp_path):
+    base = {"t_model": "vit_base_patch16_224", "s_model": "vit_small_patch16_224", "tasks": 10}
+    for split in ("authors", "seeded"):
+        put(tmp_path / split, dataset="ImageNet_R", data=data_of(split=split), **base)
+    rows = cells(report(tmp_path / "authors", tmp_path / "seeded", out=tmp_path / "out"), base["s_model"])
+    found = {split: [row["difference_accuracy"] for key, row in rows.items()
+                     if f"split {split}" in key[3] and row["n"] == "1"] for split in ("authors", "seeded")}
+    assert len(found["authors"]) == 1 and found["authors"] != [""] and found["seeded"] == [""]
+
+
+def test_time_without_the_teachers_is_marked(tmp_path):
+    put(tmp_path / "runs/whole", seconds=90, phases=("teacher", "student"))
+    put(tmp_path / "runs/half", seconds=60, phases=("student",), seed=2)
+    text = report(tmp_path / "runs", out=tmp_path / "out")["md"]
+    assert text.count("(student only)") == 1 and "0:01:00 (student only)" in text.replace("\\", "")
 
 
 def test_seeds_are_joined_and_all_else_is_told_apart(tmp_path):

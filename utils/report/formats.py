@@ -139,7 +139,7 @@ def _tex(text: str) -> str:
 
 
 def _tex_spread(text: str) -> str:
-    """The deviation small below the line: six columns of two numbers each must fit a page."""
+    """The deviation small below the line: with 6 pt letters six columns of two numbers each fit a page."""
     mean, sign, std = text.partition(" ± ")
     return _tex(mean) + (rf"$_{{\pm {std}}}$" if sign else "")
 
@@ -155,7 +155,7 @@ def latex(report: Report) -> str:
         caption += f"; {_tex(PAPER_SHORT)}" if any(cell.paper for cell in cells) else ""
         caption += "; $^*$: unfinished runs do not count" if any(cell.unfinished for cell in cells) else ""
         head = ["Pair", "Learner", "", *(_tex(column.label) for column in columns)]
-        lines += [r"\begin{table*}", r"\centering", r"\scriptsize", r"\setlength{\tabcolsep}{3pt}",
+        lines += [r"\begin{table*}", r"\centering", r"\fontsize{6}{7}\selectfont", r"\setlength{\tabcolsep}{2pt}",
                   rf"\caption{{{caption}.}}", rf"\begin{{tabular}}{{lll{'c' * len(columns)}}}",
                   r"\hline", " & ".join(head) + r" \\"]
         pair = ""

@@ -14,6 +14,9 @@ from utils.metrics import FORMAT, AccuracyMatrix
 
 TOKEN_METHOD = "KD_Token"  # the KD method to which --kd_prompt_param applies
 _SHOWN = {"dataset", "t_model", "s_model", "learner_name", "KD_method", "kd_prompt_param", "random_s"}
+# What tells data sets of one name apart, and how a row says it.
+_DATA = {"split": "split", "classes": "classes", "class_names_sha256": "class names",
+         "train_images": "training images", "test_images": "test images"}  # fmt: skip
 NO_RUN = "holds no run"
 
 Unused = tuple[str, str]  # folder, why it is not used
@@ -56,7 +59,8 @@ class Run:
     student: dict[str, Any]
     teacher: dict[str, Any] | None
     seconds: float | None
-    like_the_paper: bool  # 10 tasks in the natural order, measured on the test set
+    student_only: bool  # the teachers are another run's, and so is their time
+    like_the_paper: bool  # 10 tasks in the natural order, measured on the test set of the authors' split
 
     @property
     def tasks_done(self) -> int:
@@ -163,16 +167,19 @@ def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
         raise ValueError(f"accuracies of {len(student)} tasks do not fit {num_tasks} tasks")
     param = tuple(map(int, settings["kd_prompt_param"])) if method == TOKEN_METHOD else ()
     plain = not settings.get("validation") and not settings.get("upper_bound_flag")
+    drawn = dataset == "ImageNet_R" and (metrics.get("data") or {}).get("split") == "seeded"  # not the authors' split
+    seconds, phases = _times(folder)
     return Run(
         folder=str(folder),
-        row=Row(dataset, _model(teacher_model), _model(student_model), learner, _other_settings(settings)),
+        row=Row(dataset, _model(teacher_model), _model(student_model), learner, _other_settings(settings, metrics)),
         column=Column(method, param),
         seed=seed,
         num_tasks=num_tasks,
         student=student.to_dict(),
         teacher=None if teacher is None else teacher.to_dict(),
-        seconds=_total_seconds(folder),
-        like_the_paper=plain and num_tasks == 10 and settings.get("class_order", "natural") == "natural",
+        seconds=seconds,
+        student_only=teacher is not None and bool(phases) and "teacher" not in phases,
+        like_the_paper=plain and not drawn and num_tasks == 10 and settings.get("class_order", "natural") == "natural",
     )
 
 
@@ -181,21 +188,25 @@ def _model(name: str) -> str:
     return name.removesuffix(".augreg_in21k_ft_in1k")
 
 
-def _other_settings(settings: Mapping[str, Any]) -> str:
-    """All that decides results and is neither the seed nor shown by row and column, as JSON."""
+def _other_settings(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """All that decides results, data set included, and is neither the seed nor shown by row and column, as JSON."""
     undecided = {option.key for option in OPTIONS.values() if not option.decides}
     rest = {key: value for key, value in settings.items() if key not in _SHOWN | undecided}
-    return json.dumps(rest, sort_keys=True)
+    data = metrics.get("data") or {}  # older runs do not tell
+    if not isinstance(data, dict):
+        raise ValueError("data is of the wrong type")
+    rest |= {label: str(data.get(key, "unknown"))[:12] for key, label in _DATA.items()}
+    return json.dumps({**rest, "tasks": metrics["num_tasks"]}, sort_keys=True)
 
 
-def _total_seconds(folder: Path) -> float | None:
-    """The run's time from timing.json, a file that a report can do without."""
+def _times(folder: Path) -> tuple[float | None, set[str]]:
+    """The run's time, and the phases that it counts, from timing.json, a file that a report can do without."""
     try:
         timing = json.loads((folder / "Results" / "timing.json").read_text(encoding="utf-8"))
-        seconds = timing["total_seconds"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return float(seconds) if isinstance(seconds, int | float) and 0 <= seconds < 1e9 else None
+        seconds, phases = timing["total_seconds"], {phase["phase"] for phase in timing.get("phases", [])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None, set()
+    return (float(seconds) if isinstance(seconds, int | float) and 0 <= seconds < 1e9 else None), phases
 
 
 def _without_doubles(runs: Iterable[Run]) -> tuple[list[Run], list[Unused]]:

@@ -36,9 +36,9 @@ ImageNet_R large L2P        71.59/5.65 74.12/4.60  74.58/4.69 70.39/5.84 72.17/6
 ABOUT = (
     "Student: final average accuracy (%) / forgetting (points; the original's: summed over all T tasks, "
     "divided by T). Mean ± sample standard deviation over n seeds of complete runs. Difference: ours "
-    "minus the paper's, for runs with its 10 tasks. KD_Token is followed by its --kd_prompt_param. The "
-    "last column is the teacher's accuracy (%). Bold: the best mean of a row, among the cells with the most "
-    "seeds."
+    "minus the paper's, for runs with its 10 tasks and its split, whatever their other settings. KD_Token "
+    "is followed by its --kd_prompt_param. The last column is the teacher's accuracy (%). Bold: the best "
+    "mean of a row, among the cells with the most seeds."
 )
 ABOUT_GAINS = (
     "Student's accuracy minus that of the same student without distillation and with the same seed, in "
@@ -267,7 +267,7 @@ def run_texts(run: Run) -> list[str]:
         f"{run.tasks_done} of {run.num_tasks}", number(run.student["final_average_accuracy"]),
         number(run.student["forgetting"]),
         "" if run.teacher is None else number(run.teacher["final_average_accuracy"]),
-        "" if run.seconds is None else duration(run.seconds),
+        "" if run.seconds is None else duration(run.seconds) + (" (student only)" if run.student_only else ""),
         "complete" if run.complete else "unfinished",
     ]  # fmt: skip
 
