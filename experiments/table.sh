@@ -70,10 +70,9 @@ run_cell() {
 # Reads NAME COUNT FLAG ... of all runs, each word ended by a NUL; prints the folders of the finished ones. Refuses
 # what run.py would, but at once for all runs and without loading torch.
 check='
-import dataclasses, sys
-from learners.check import check
+import sys
+from learners.check import check, fill_in
 from learners.opening import differing_settings, is_finished, require_own_settings
-from models.prompts import PROMPTS
 from utils.checkpoint import RunFolder, RunFolderError
 from utils.config import ConfigError, parse_config
 
@@ -85,8 +84,7 @@ def problems_of(flags):
     problems = parsed.problems + check(config, wrong=parsed.wrong)
     if problems:
         return problems
-    if config.prompt_param is None:
-        config = dataclasses.replace(config, prompt_param=PROMPTS[config.learner_name].paper)
+    config = fill_in(config)
     folder = RunFolder(config.log_dir)
     try:
         folder.open(read_only=True)

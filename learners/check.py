@@ -47,12 +47,18 @@ def load_checked_config(argv: Sequence[str]) -> Config:
     missing_files = _missing_data(config) + ([] if problems else _missing_weights(config))
     if problems + missing_files:
         raise ConfigError(problems + missing_files)
-    if config.prompt_param is None:
-        config = dataclasses.replace(config, prompt_param=PROMPTS[config.learner_name].paper)
+    config = fill_in(config)
     problems = _teacher_problems(config)
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def fill_in(config: Config) -> Config:
+    """The configuration with the learner's ``prompt_param`` of the paper where none was given."""
+    if config.prompt_param is not None:
+        return config
+    return dataclasses.replace(config, prompt_param=PROMPTS[config.learner_name].paper)
 
 
 def check(config: Config, wrong: Collection[str] = ()) -> list[str]:

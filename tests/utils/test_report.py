@@ -202,6 +202,7 @@ def test_damaged_and_foreign_folders_are_listed(tmp_path):
     for key, value in {"seed": True, "num_tasks": 10**7}.items():
         broken[f"odd-{key[:3]}"] = json.dumps(json.loads(whole) | {key: value})
     broken["huge-seed"] = json.dumps(json.loads(whole) | {"seed": 10**400})
+    broken["odd-data"] = json.dumps(json.loads(whole) | {"dataset": "ImageNet_R", "data": [1]})
     nested["student"]["accuracy_matrix"] = [[True], [50.0, 60.0]]
     broken["true-accuracy"] = json.dumps(nested)
     for name, text in broken.items():

@@ -18,6 +18,7 @@ _SHOWN = {"dataset", "t_model", "s_model", "learner_name", "KD_method", "kd_prom
 _DATA = {"split": "split", "classes": "classes", "class_names_sha256": "class names",
          "train_images": "training images", "test_images": "test images"}  # fmt: skip
 NO_RUN = "holds no run"
+_MOST_TASKS = 10_000
 
 Unused = tuple[str, str]  # folder, why it is not used
 
@@ -69,9 +70,6 @@ class Run:
     @property
     def complete(self) -> bool:
         return self.tasks_done == self.num_tasks
-
-
-_MOST_TASKS = 10_000
 
 
 def find_runs(folders: Sequence[Path], leave_out: Path | None = None) -> tuple[list[Run], list[Unused]]:
@@ -167,11 +165,15 @@ def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
         raise ValueError(f"accuracies of {len(student)} tasks do not fit {num_tasks} tasks")
     param = tuple(map(int, settings["kd_prompt_param"])) if method == TOKEN_METHOD else ()
     plain = not settings.get("validation") and not settings.get("upper_bound_flag")
-    drawn = dataset == "ImageNet_R" and (metrics.get("data") or {}).get("split") == "seeded"  # not the authors' split
+    data = metrics.get("data") or {}  # older runs do not tell
+    if not isinstance(data, dict):
+        raise ValueError("data is of the wrong type")
+    drawn = dataset == "ImageNet_R" and data.get("split") == "seeded"  # not the authors' split
     seconds, phases = _times(folder)
+    other = _other_settings(settings, data, num_tasks)
     return Run(
         folder=str(folder),
-        row=Row(dataset, _model(teacher_model), _model(student_model), learner, _other_settings(settings, metrics)),
+        row=Row(dataset, _model(teacher_model), _model(student_model), learner, other),
         column=Column(method, param),
         seed=seed,
         num_tasks=num_tasks,
@@ -188,15 +190,12 @@ def _model(name: str) -> str:
     return name.removesuffix(".augreg_in21k_ft_in1k")
 
 
-def _other_settings(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+def _other_settings(settings: Mapping[str, Any], data: Mapping[str, Any], num_tasks: int) -> str:
     """All that decides results, data set included, and is neither the seed nor shown by row and column, as JSON."""
     undecided = {option.key for option in OPTIONS.values() if not option.decides}
     rest = {key: value for key, value in settings.items() if key not in _SHOWN | undecided}
-    data = metrics.get("data") or {}  # older runs do not tell
-    if not isinstance(data, dict):
-        raise ValueError("data is of the wrong type")
     rest |= {label: str(data.get(key, "unknown"))[:12] for key, label in _DATA.items()}
-    return json.dumps({**rest, "tasks": metrics["num_tasks"]}, sort_keys=True)
+    return json.dumps({**rest, "tasks": num_tasks}, sort_keys=True)
 
 
 def _times(folder: Path) -> tuple[float | None, set[str]]:
