@@ -1,86 +1,234 @@
-"""Put a learner together from names and numbers, the one place where the tables become objects."""
+"""From the settings of a run to its objects: devices, backbones, data and learner."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException  # no public name tells a compiler's error from the step's own
+
+from dataloaders.base import DataError
+from dataloaders.build import build_stream
+from dataloaders.loader import DataPipeline
+from dataloaders.tasks import TaskStream
+from learners.check import model_problems
 from learners.distillers import DISTILLERS
-from learners.distillers.base import DistillDims, Distiller, DistillSettings
-from learners.optim import OptimSettings
-from learners.prompt import PromptLearner
+from learners.distillers.base import DistillDims
+from learners.learner import TeacherStudentLearner
+from models.backbones import Backbone, BackboneError, load_backbone, size_of
+from models.cdl_checkpoint import CheckpointError, fit_checkpoint, load_checkpoint
 from models.prompted_model import PromptedModel
 from models.prompts import PROMPTS
 from models.prompts.base import PromptDims
-from models.vit import PromptedViT
+from models.vit import PromptedViT, UnsupportedBackboneError
+from utils.config import Config, ConfigError
 from utils.parallel import Parallel
 from utils.seed import seeded
 
+REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-def build_learner(
-    *,
-    learner_name: str,
-    prompt_param: Sequence[float],
-    kd_method: str,
-    distill: DistillSettings,
-    teacher_vit: PromptedViT | None,
-    student_vit: PromptedViT,
-    num_classes: int,
-    num_tasks: int,
-    optim: OptimSettings,
-    aux_loss_scale: float,
-    seed: int,
-    parallel: Parallel,
-    **options: Any,
-) -> PromptLearner:
-    """Build teacher, student and KD method.
+# More graphs than any run needs of a step with --compile: one or two for each task.
+_GRAPHS = 10_000
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The objects of a run.
+
+    Attributes:
+        backbones: by role.
+        num_tasks: tasks to learn (``max_task`` may stop early).
+    """
+
+    parallel: Parallel
+    stream: TaskStream
+    data: DataPipeline
+    learner: TeacherStudentLearner
+    backbones: dict[str, Backbone]
+    num_tasks: int
+
+
+def build_run(config: Config, parallel: Parallel, resumed_dir: Path | None = None) -> Run:
+    """Build all objects of a run.
 
     Args:
-        learner_name: an entry of PROMPTS.
-        prompt_param: its values.
-        kd_method: an entry of DISTILLERS.
-        distill: numbers of the KD method.
-        teacher_vit: the teacher's backbone; not used (may be None) where the method needs no teacher.
-        student_vit: the student's and the query's backbone.
-        num_classes: C.
-        num_tasks: T.
-        optim: optimizer and schedule.
-        aux_loss_scale: factor of prompt and feature losses.
-        seed: every tensor's start is drawn from it, each part from a stream of its own, so that equal parts
-            start equal whatever else the run has.
+        config: what to build.
         parallel: where it runs.
-        options: further keywords of :class:`PromptLearner`.
+        resumed_dir: ``log_dir`` of the run if it has started before.
 
     Raises:
-        ValueError: names, values or sizes that do not fit; the message says which.
+        ConfigError: data or weights are missing or damaged, or sizes do not fit.
     """
-    prompts, problems = PROMPTS[learner_name].parse(prompt_param, num_tasks)
+    if config.device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(["--device mps: this torch or this Mac has no mps; use --gpuid -1 for the CPU"])
+    set_precision(config.precision)
+    try:
+        backbones = load_backbones(config)
+        stream = build_stream(
+            config.data,
+            seed=config.seed,
+            image_size=backbones["student"].vit.image_size,
+            resumed_dir=resumed_dir,
+            progress=parallel.is_main and not config.no_progress,
+        )
+        data = DataPipeline(stream, config.data, seed=config.seed, parallel=parallel)
+        num_tasks = len(stream) if config.max_task < 0 else min(config.max_task, len(stream))
+        for task in range(num_tasks):
+            data.steps_per_epoch(task)  # refuses a task with fewer images than a batch before any work
+        vits = {role: backbone.vit for role, backbone in backbones.items()}
+        learner = build_learner(config, vits, stream.num_classes, len(stream), parallel)
+        for role in learner.roles if config.init_from is not None else ():
+            state = load_checkpoint(config.init_from, role)
+            learner.load_state(role, fit_checkpoint(state, learner.state(role), config.init_from))
+    except (DataError, BackboneError, CheckpointError, UnsupportedBackboneError) as error:
+        raise ConfigError([str(error)]) from error
+    return Run(parallel, stream, data, learner, backbones, num_tasks)
+
+
+def load_backbones(config: Config) -> dict[str, Backbone]:
+    """The backbones of the roles that the run has; equal ones are loaded once."""
+    wanted = {"student": (config.student_model, config.student_weights)}
+    if DISTILLERS[config.distill.method].needs_teacher:
+        wanted = {"teacher": (config.teacher_model, config.teacher_weights)} | wanted
+    loaded: dict[tuple, Backbone] = {}
+    for name, weights in wanted.values():
+        if (name, weights) not in loaded:
+            backbone = load_backbone(name, weights=weights)
+            if config.precision in REDUCED:
+                backbone.vit.reduce_precision(REDUCED[config.precision])
+            loaded[name, weights] = backbone
+    return {role: loaded[key] for role, key in wanted.items()}
+
+
+def build_learner(
+    config: Config, vits: Mapping[str, PromptedViT], num_classes: int, num_tasks: int, parallel: Parallel
+) -> TeacherStudentLearner:
+    """Teacher, student and KD method of a configuration.
+
+    Every tensor's start is drawn from the seed, each part from a stream of its own, so that equal parts start equal
+    whatever else the run has.
+
+    Args:
+        config: names of pool and KD method, and their parameters.
+        vits: backbones by role; the student's also gives the query. A KD method without teacher ignores the teacher's.
+        num_classes: C.
+        num_tasks: T.
+        parallel: where it runs.
+
+    Raises:
+        ConfigError: sizes or ``--prompt_param`` do not fit.
+    """
+    entry = DISTILLERS[config.distill.method]
+    student_vit, teacher_vit = vits["student"], vits["teacher"] if entry.needs_teacher else None
+    sizes = {"teacher": teacher_vit and size_of(teacher_vit), "student": size_of(student_vit)}
+    prompts, problems = PROMPTS[config.learner_name].parse(config.prompt_param, num_tasks)
+    problems = [f"--prompt_param of {config.learner_name}: {problem}" for problem in problems]
+    problems += model_problems(config.distill, sizes["teacher"], sizes["student"])
     if problems:
-        raise ValueError(f"--prompt_param of {learner_name}: {'; '.join(problems)}")
-    distiller_class: type[Distiller] = DISTILLERS.load(kd_method)
+        raise ConfigError(problems)
 
     def build_model(role: str, vit: PromptedViT) -> PromptedModel:
         dims = PromptDims(student_vit.embed_dim, vit.embed_dim, vit.depth, num_tasks)
-        with seeded(seed, "init", role):
-            return PromptedModel(vit, PROMPTS.load(learner_name)(dims=dims, **prompts), num_classes)
+        with seeded(config.seed, "init", role):
+            return PromptedModel(vit, PROMPTS.load(config.learner_name)(dims=dims, **prompts), num_classes)
 
-    needs_teacher = distiller_class.needs_teacher
-    teacher = build_model("teacher", teacher_vit) if needs_teacher else None
+    teacher = build_model("teacher", teacher_vit) if entry.needs_teacher else None
     student = build_model("student", student_vit)
-    distiller_dims = DistillDims(
+    dims = DistillDims(
         student_dim=student_vit.embed_dim,
-        teacher_dim=teacher_vit.embed_dim if needs_teacher else 0,
+        teacher_dim=teacher_vit.embed_dim if entry.needs_teacher else 0,
         student_depth=student_vit.depth,
-        teacher_depth=teacher_vit.depth if needs_teacher else 0,
+        teacher_depth=teacher_vit.depth if entry.needs_teacher else 0,
         num_classes=num_classes,
     )
-    if distiller_class.needs_blocks and teacher_vit.num_tokens != student_vit.num_tokens:
-        raise ValueError(
-            f"{kd_method} compares tokens one by one, but the teacher has {teacher_vit.num_tokens} and the "
-            f"student {student_vit.num_tokens}; choose models with equal image and patch sizes"
-        )
-    with seeded(seed, "init", "distiller", kd_method):
-        distiller = distiller_class(distill, distiller_dims)
-    return PromptLearner(
-        student, distiller, teacher, optim, aux_loss_scale=aux_loss_scale, seed=seed, parallel=parallel, **options
-    )
+    with seeded(config.seed, "init", "distiller", config.distill.method):
+        distiller = entry.load()(config.distill, dims)
+    compile_step = StepCompiler() if config.compile else lambda step: step
+    return TeacherStudentLearner(config, student, distiller, teacher, parallel, compile_step)
+
+
+def set_precision(precision: str) -> None:
+    """Round the factors of float32 products on GPUs to TF32 if asked, and only then: cuDNN does so by default."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def check_processes(config: Config, run: Run) -> None:
+    """Compare what the processes of a group are about to compute.
+
+    Raises:
+        ConfigError: with a sentence for each process that would compute something else than the first.
+    """
+    stream = run.stream
+    own: dict[str, Any] = {
+        "settings": config.settings_hash(),
+        "backbones": {role: backbone.sha256 for role, backbone in run.backbones.items()},
+        "classes": stream.class_names,
+        "numbers of images": [(stream.train_size(task), stream.test_size(task)) for task in range(len(stream))],
+        # affect no result, but when the processes exchange something
+        "--log_interval": config.log_interval,
+        "--repeat": config.repeat,
+        "--teacher_from": config.teacher_from is not None,
+    }
+    everyones = run.parallel.gather(own)
+    problems = [
+        f"process {rank} has other {' and '.join(other)} than process 0: all machines need the same files and flags"
+        for rank, theirs in enumerate(everyones)
+        if (other := [name for name in theirs if theirs[name] != everyones[0][name]])
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+class StepCompiler:
+    """Puts steps under ``torch.compile``; if that fails, it leaves this and all later steps as they are.
+
+    Args:
+        backend: of ``torch.compile``.
+    """
+
+    def __init__(self, backend: str | Callable = "inductor") -> None:
+        self.backend = backend
+        self.failed = False  # one step lacks a compiler, mostly, and then all of them do
+        # A pool that reads its task's number, or another shape, gives another graph. Beyond 8 of them torch would
+        # continue without compiling. These are the only names that all supported versions know.
+        torch._dynamo.config.cache_size_limit = _GRAPHS
+        torch._dynamo.config.accumulated_cache_size_limit = _GRAPHS
+
+    def __call__(self, step: nn.Module) -> nn.Module:
+        """The step, compiled at its first call, and again for each new shape and task."""
+        return _CompiledStep(step, self)
+
+    def give_up(self, error: Exception) -> None:
+        """Warn that nothing is compiled from here on."""
+        self.failed = True
+        while (inner := getattr(error, "inner_exception", None)) is not None:
+            error = inner
+        reason = (str(error).strip().splitlines() or [""])[0]
+        _log.warning("--compile is left out from here on, as torch.compile fails: %s: %s", type(error).__name__, reason)
+
+
+class _CompiledStep(nn.Module):
+    """A step changes nothing but the random state, so one whose compilation fails can begin again."""
+
+    def __init__(self, step: nn.Module, compiler: StepCompiler) -> None:
+        super().__init__()
+        self.step = step
+        self.compiler = compiler
+        # Not the module, which would hold the step's parameters a second time under other names.
+        self.compiled = torch.compile(step.forward, backend=compiler.backend)
+
+    def forward(self, *inputs):
+        if not self.compiler.failed:
+            try:
+                return self.compiled(*inputs)
+            except TorchDynamoException as error:  # an error of the step itself comes as it is
+                self.compiler.give_up(error)
+        return self.step(*inputs)

@@ -1,7 +1,7 @@
-"""What in a configuration cannot work together, found before any work and without importing torch.
+"""Settings that cannot work together, found before any work and without importing torch.
 
-``utils.config`` judges each value by itself. Here they are judged together, against the tables of learners,
-KD methods and data sets, and against the machine: its devices, folders, data and weights.
+``utils.config`` judges each value by itself. Here they are judged together, against the tables of learners, KD methods
+and data sets, and against the machine: its devices, folders, data and weights.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from dataloaders import DATASETS
-from dataloaders.preflight import count_classes, preflight
-from learners.distillers import DISTILLERS, Setting
-from learners.teachers import TrainedTeachers
-from models.pretrained import missing_weights
+from learners.distillers import DISTILLERS, ModelPair
 from models.prompts import PROMPTS
 from models.sizes import ViTSize, known_size, name_problem
-from utils.config import Config, ConfigError, help_text, parse_config
+from utils.config import Config, ConfigError, DistillConfig, argument_parser, parse_config
 from utils.registry import Registry
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "yaml", "PIL", "tqdm", "safetensors", "matplotlib")
@@ -34,101 +31,77 @@ def load_checked_config(argv: Sequence[str]) -> Config:
     Raises:
         ConfigError: with every problem of the flags, the file and their combination.
     """
-    missing_packages = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing_packages:
-        raise ConfigError([
-            f"packages are missing ({', '.join(missing_packages)}): install them by sh install_requirements.sh,"
-            " or start by bash experiments/quickstart.sh"
-        ])  # fmt: skip
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            [
+                f"packages are missing ({', '.join(missing)}): install them by sh install_requirements.sh, or start by"
+                " bash experiments/quickstart.sh"
+            ]
+        )
     parsed = parse_config(argv)
     config = parsed.config()
-    problems = parsed.problems + check(config, wrong=parsed.wrong)
-    # Whether weights can be had may cost seconds of asking the hub, which no other mistake shall wait for.
-    missing_files = _missing_data(config) + ([] if problems else _missing_weights(config))
-    if problems + missing_files:
-        raise ConfigError(problems + missing_files)
-    config = fill_in(config)
-    problems = _teacher_problems(config)
+    problems = parsed.problems + check(config, parsed.invalid_keys)
     if problems:
         raise ConfigError(problems)
+    if config.prompt_param is None:
+        config = dataclasses.replace(config, prompt_param=PROMPTS[config.learner_name].paper)
     return config
 
 
-def fill_in(config: Config) -> Config:
-    """The configuration with the learner's ``prompt_param`` of the paper where none was given."""
-    if config.prompt_param is not None:
-        return config
-    return dataclasses.replace(config, prompt_param=PROMPTS[config.learner_name].paper)
-
-
-def check(config: Config, wrong: Collection[str] = ()) -> list[str]:
-    """One sentence for each thing that cannot work, whatever data and weights are there.
+def check(config: Config, invalid: Collection[str] = ()) -> list[str]:
+    """One sentence for each thing that cannot work.
 
     Args:
         config: what was read.
-        wrong: fields that hold a default because their value was not allowed; nothing is said about these.
+        invalid: keys that hold a default because their value was not allowed; nothing is said about these.
     """
     problems = []
     if len(config.actions) > 1:
         asked = " and ".join(f"--{action}" for action in config.actions)
         problems.append(f"{asked} exclude each other: give one of them")
-    if not {"gpuid", "device"} & set(wrong):
+    if not {"gpuid", "device"} & set(invalid):
         problems += _device_problems(config) + _process_problems(config)
-    if not {"gpuid", "batch_size", "accumulate"} & set(wrong):
+    if not {"gpuid", "batch_size", "accumulate"} & set(invalid):
         problems += _batch_problems(config)
     problems += _path_problems(config)
-    if config.tensorboard:
-        problems += _tensorboard_problems()
-    data_problems, num_tasks = _data_problems(config, wrong)
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        problems.append("--tensorboard needs a package that is missing: pip install tensorboard")
+    num_tasks, data_problems = _data_problems(config, invalid)
     problems += data_problems
     if config.action != "check_data":
-        problems += _learner_problems(config, num_tasks, wrong)
-        problems += _model_problems(config, wrong)
+        problems += _learner_problems(config, num_tasks, invalid)
+        problems += _kd_problems(config, invalid)
     return problems
 
 
-def _tensorboard_problems() -> list[str]:
-    """Why TensorBoard's files could not be written."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return ["--tensorboard needs a package that is missing: pip install tensorboard"]
-    try:
-        importlib.import_module("tensorboard.summary.writer.event_file_writer")
-    except Exception as error:  # whatever a broken or foreign package may raise
-        reason = str(error).partition("\n")[0]
-        return [
-            f"--tensorboard: the package cannot be loaded ({type(error).__name__}: {reason}); pip install --upgrade"
-            " tensorboard, or leave the flag out"
-        ]
-    return []
+def print_help() -> None:
+    """Print the page of ``--help``, with the choices of every table."""
+    lines = []
+    for flag, table in {"learner_name": PROMPTS, "KD_method": DISTILLERS, "dataset": DATASETS}.items():
+        lines += ["", f"--{flag}:", *(f"  {name:<12}{table[name].about}" for name in table)]
+    lines += ["", "--prompt_param:"]
+    for name in PROMPTS:
+        values = ", ".join(f"{field.label} ({field.rule()})" for field in PROMPTS[name].fields)
+        lines.append(f"  {name:<12}{values}; paper: {PROMPTS[name].paper_text()}")
+    argument_parser("\n".join(lines), for_help=True).print_help()
 
 
-def help_page() -> str:
-    """The text of ``--help``, with the choices of every table."""
-    parameters = [
-        (name, ", ".join(f"{field.label} ({field.rule()})" for field in entry.fields)
-         + f"; paper: {entry.paper_text()}")
-        for name, entry in ((name, PROMPTS[name]) for name in PROMPTS)
-    ]  # fmt: skip
-    tables = {"learner_name": PROMPTS, "KD_method": DISTILLERS, "dataset": DATASETS}
-    choices = {flag: [(name, table[name].about) for name in table] for flag, table in tables.items()}
-    return help_text({**choices, "prompt_param": parameters})
+def model_problems(distill: DistillConfig, teacher: ViTSize | None, student: ViTSize | None) -> list[str]:
+    """Sizes of two backbones that do not fit each other or the KD method.
 
-
-def size_problems(kd_method: str, kd_prompt_param: tuple[int, int], teacher: ViTSize | None,
-                  student: ViTSize | None) -> list[str]:  # fmt: skip
-    """What in the sizes of two backbones does not fit each other or the KD method.
-
-    Called with the sizes that the names tell, and again with those of the constructed backbones, as some
-    names tell none (None).
+    Called with the sizes that the names tell, and again with those of the constructed backbones, as some names tell
+    none (None).
     """
-    entry = DISTILLERS[kd_method]
+    entry = DISTILLERS[distill.method]
     problems = []
     if entry.needs_teacher and teacher and student and teacher.image_size != student.image_size:
         problems.append(
             f"teacher and student see the same images, but --t_model takes {teacher.image_size} px and"
             f" --s_model {student.image_size} px: choose models of one input size"
         )
-    return problems + entry.problems(Setting(teacher, student, kd_prompt_param))
+    found = entry.problems(ModelPair(teacher, student, distill.prompt_param))
+    return problems + [f"--KD_method {distill.method}: {problem}" for problem in found]
 
 
 def num_tasks_of(num_classes: int, first: int, other: int, upper_bound: bool = False) -> int:
@@ -145,81 +118,49 @@ def _unknown(table: Registry, flag: str, name: str) -> list[str]:
     return []
 
 
-def _data_problems(config: Config, wrong: Collection[str]) -> tuple[list[str], int | None]:
-    """Problems of the data set and its split into tasks; and the number of tasks, None while unknown."""
-    if config.dataset is None:
-        return [], None
-    if config.dataset not in DATASETS:
-        return _unknown(DATASETS, "dataset", config.dataset), None
-    problems = []
-    num_classes = count_classes(config.dataset, config.dataroot)
-    sizes = {name: getattr(config, name) for name in ("first_split_size", "other_split_size")}
-    if num_classes is None or None in sizes.values() or set(sizes) & set(wrong):
-        return problems, None
+def _data_problems(config: Config, invalid: Collection[str]) -> tuple[int | None, list[str]]:
+    """The number of tasks, None while unknown, and the problems of the data set and its split into tasks."""
+    data = config.data
+    if data.dataset not in DATASETS:
+        return None, [] if data.dataset is None else _unknown(DATASETS, "dataset", data.dataset)
+    entry, problems = DATASETS[data.dataset], []
+    if config.action in ("train", "eval_only", "check_data"):
+        problems += entry.missing(data)
+    num_classes = entry.count_classes(data.dataroot)
+    sizes = {name: getattr(data, name) for name in ("first_split_size", "other_split_size")}
+    if num_classes is None or None in sizes.values() or sizes.keys() & set(invalid):
+        return None, problems
     for name, size in sizes.items():
-        if size > num_classes and not config.upper_bound:
-            problems.append(f"--{name} {size} is more than the {num_classes} classes of {config.dataset}")
-    return problems, num_tasks_of(num_classes, *sizes.values(), config.upper_bound)
+        if size > num_classes and not data.upper_bound:
+            problems.append(f"--{name} {size} is more than the {num_classes} classes of {data.dataset}")
+    return num_tasks_of(num_classes, *sizes.values(), data.upper_bound), problems
 
 
-def _missing_data(config: Config) -> list[str]:
-    """What is known to be missing of the data set, before any download."""
-    if config.dataset not in DATASETS or config.action not in ("train", "eval_only", "check_data"):
-        return []
-    return preflight(config.dataset, config.dataroot, config.data_url)
-
-
-def _missing_weights(config: Config) -> list[str]:
-    """Where to get the backbones' weights, if they are not here and cannot be downloaded."""
-    if config.action == "check_data":
-        return []
-    needed = {"s_model": (config.student_model, config.student_weights)}
-    if config.action in ("train", "eval_only") and DISTILLERS[config.kd_method].needs_teacher:
-        needed = {"t_model": (config.teacher_model, config.teacher_weights), **needed}
-    found = ((flag, missing_weights(*model)) for flag, model in needed.items())
-    return [f"--{flag}: {problem}" for flag, problem in found if problem]
-
-
-def _learner_problems(config: Config, num_tasks: int | None, wrong: Collection[str]) -> list[str]:
+def _learner_problems(config: Config, num_tasks: int | None, invalid: Collection[str]) -> list[str]:
     """Problems of ``--learner_name`` and its ``--prompt_param``."""
     name = config.learner_name
     if name not in PROMPTS:
         return _unknown(PROMPTS, "learner_name", name)
-    if "prompt_param" in wrong:
+    if "prompt_param" in invalid:
         return []
     given = PROMPTS[name].paper if config.prompt_param is None else config.prompt_param
     _, problems = PROMPTS[name].parse(given, num_tasks)
     return [f"--prompt_param of {name}: {problem}" for problem in problems]
 
 
-def _model_problems(config: Config, wrong: Collection[str]) -> list[str]:
+def _kd_problems(config: Config, invalid: Collection[str]) -> list[str]:
     """Problems of the KD method, the two backbones and what the method needs of them."""
-    problems = []
-    sizes: dict[str, ViTSize | None] = {}
+    method = config.distill.method
+    problems = _unknown(DISTILLERS, "KD_method", method)
+    needs_teacher = not problems and DISTILLERS[method].needs_teacher
     for flag, name in (("t_model", config.teacher_model), ("s_model", config.student_model)):
-        problem = name_problem(name)
-        if problem:
+        if flag not in invalid and (problem := name_problem(name)):
             problems.append(f"--{flag}: {problem}")
-        sizes[flag] = None if problem else known_size(name)
-    if config.kd_method not in DISTILLERS:
-        return problems + _unknown(DISTILLERS, "KD_method", config.kd_method)
-    if "kd_prompt_param" in wrong:
+    if config.teacher_from is not None and method in DISTILLERS and not needs_teacher:
+        problems.append(f"--teacher_from: --KD_method {method} has no teacher; leave one of them out")
+    if problems or "kd_prompt_param" in invalid:
         return problems
-    return problems + size_problems(
-        config.kd_method, config.kd_prompt_param, sizes["t_model"], sizes["s_model"]
-    )
-
-
-def _teacher_problems(config: Config) -> list[str]:
-    """Why the teachers of ``--teacher_from`` cannot be those of this run, or of one of its seeds."""
-    if config.teacher_from is None or config.action != "train":
-        return []
-    if not DISTILLERS[config.kd_method].needs_teacher:
-        return [f"--teacher_from: --KD_method {config.kd_method} has no teacher; leave one of them out"]
-    runs = [config]
-    if config.repeat > 1:
-        runs = [config.for_seed(seed) for seed in range(config.seed, config.seed + config.repeat)]
-    return [problem for run in runs for problem in TrainedTeachers(run.teacher_from).problems(run)]
+    return model_problems(config.distill, known_size(config.teacher_model), known_size(config.student_model))
 
 
 def _device_problems(config: Config) -> list[str]:
@@ -302,7 +243,7 @@ def batch_shares(config: Config) -> tuple[int, str]:
 def _batch_problems(config: Config) -> list[str]:
     """The batch is global: devices and accumulation split it into equal parts."""
     parts, over = batch_shares(config)
-    size = config.batch_size
+    size = config.data.batch_size
     if size % parts:
         below, above = size // parts * parts, (size // parts + 1) * parts
         fitting = f"{below} or {above}" if below else above
@@ -326,18 +267,18 @@ def _path_problems(config: Config) -> list[str]:
         ("s_weights", config.student_weights, os.path.isfile, "file"),
         ("init_from", config.init_from, os.path.isdir, "folder"),
         ("teacher_from", config.teacher_from, os.path.isdir, "folder"),
-        *(("predict", image, os.path.isfile, "file") for image in config.predict_images),
+        *(("predict", image, os.path.isfile, "file") for image in config.predict),
     ]
     for flag, path, is_there, kind in needed:
         if path is not None and not is_there(path):
             wrong = f"{path} is a folder, not a file" if os.path.isdir(path) else f"there is no {kind} {path}"
             problems.append(f"--{flag}: {wrong}; check the path")
-    if config.export_path is not None:
-        if config.export_path.suffix not in (".safetensors", ".pt2"):
-            problems.append(f"--export: {config.export_path} must end in .safetensors or .pt2")
-        if config.export_path.is_dir():
-            problems.append(f"--export: {config.export_path} is a folder; name a file in it")
-        problems += _unwritable("export", config.export_path.parent)
+    if config.export is not None:
+        if config.export.suffix not in (".safetensors", ".pt2"):
+            problems.append(f"--export: {config.export} must end in .safetensors or .pt2")
+        if config.export.is_dir():
+            problems.append(f"--export: {config.export} is a folder; name a file in it")
+        problems += _unwritable("export", config.export.parent)
     if config.log_dir is not None and config.action == "train":
         problems += _unwritable("log_dir", config.log_dir)
     elif config.log_dir is not None and config.action != "check_data" and not config.log_dir.is_dir():

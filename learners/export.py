@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from learners.build import build_learner
-from learners.distillers.base import Distiller, DistillSettings
-from learners.optim import OptimSettings
+from learners.distillers.base import Distiller
+from learners.evaluate import load_model, tasks_done
+from learners.results import check_same_data
 from learners.steps import make_query
+from models.backbones import load_backbone
 from models.prompted_model import PromptedModel
 from models.vit import PromptedViT
-from utils.checkpoint import write_atomic
-from utils.config import Config, ConfigError
-from utils.parallel import SingleDevice
-
-FORMATS = (".safetensors", ".pt2")
+from utils.checkpoint import CLASSES, RunFolder, check_settings, write_atomic
+from utils.config import Config, ConfigError, DistillConfig
+from utils.parallel import Parallel
 
 
 class StudentClassifier(nn.Module):
@@ -46,111 +49,74 @@ class StudentClassifier(nn.Module):
         return self.distiller.predict(output)[:, : self.seen].float()
 
 
-def export(classifier: StudentClassifier, description: dict[str, Any], path: Path) -> None:
-    """Write the student: tensors (``.safetensors``) or a ``torch.export`` program (``.pt2``), with a ``.json`` beside.
-
-    The JSON is needed for either: it names the classes, in the order of the logits, and the input.
-
-    Args:
-        classifier: what to write.
-        description: what :func:`describe` returned.
-        path: file to write; its ending chooses the format.
+def trained_student(config: Config, folder: RunFolder) -> tuple[StudentClassifier, dict[str, Any]]:
+    """The student of a run after its last learned task, and its metadata.
 
     Raises:
-        ConfigError: see :func:`refuse_foreign`.
+        ConfigError: other settings, or another backbone, than those that it was trained with.
+        RunFolderError: a file of the run is missing or damaged.
+        BackboneError: the backbone's weights cannot be loaded.
     """
-    refuse_foreign(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    classifier = classifier.to("cpu")
-    if path.suffix == ".pt2":
-        data = _exported_program(classifier, description["image_size"])
-    else:
-        from safetensors.torch import save
-
-        data = save(_tensors(classifier), metadata={"description": json.dumps(description, sort_keys=True)})
-    write_atomic(path, data)
-    text = json.dumps(description, ensure_ascii=False, indent=1) + "\n"
-    write_atomic(path.with_suffix(".json"), text.encode())
+    check_settings(config, resume=False)
+    metadata = student_metadata(config, folder.read_json(CLASSES), tasks_done(folder) - 1)
+    backbone = load_backbone(config.student_model, weights=config.student_weights)
+    check_same_data({"backbone_sha256": {"student": backbone.sha256}}, folder)
+    classifier = build_student(metadata, backbone.vit)
+    load_model(folder, "student", metadata["task"], lambda state: load_trained_parts(classifier, state))
+    return classifier, metadata
 
 
-def refuse_foreign(path: Path) -> None:
-    """Refuse a file to write that has another ending, or whose ``.json`` is there and belongs to something else.
-
-    Raises:
-        ConfigError: naming the file.
-    """
-    if path.suffix not in FORMATS:
-        raise ConfigError([f"--export {path}: the ending must be {' or '.join(FORMATS)}"])
-    beside = path.with_suffix(".json")
-    if not beside.exists():
-        return
-    try:
-        before = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        before = None
-    if not isinstance(before, dict) or not {"backbone", "classes_seen", "test_crop"} <= before.keys():
-        raise ConfigError([
-            f"--export {path}: {beside} would be replaced, which is not the description of an exported student; "
-            "choose another name"
-        ])  # fmt: skip
-
-
-def describe(config: Config, facts: dict[str, Any], task: int) -> dict[str, Any]:
-    """What is needed besides the tensors to rebuild the student as it is after ``task`` (from 0).
+def student_metadata(config: Config, data_info: dict[str, Any], task: int) -> dict[str, Any]:
+    """Everything besides the tensors that rebuilding the student takes, as it is after ``task`` (from 0).
 
     Args:
         config: settings it was trained with.
-        facts: content of the run's ``classes.json``.
+        data_info: content of the run's ``classes.json``.
         task: last task learned.
     """
-    seen = facts["ranges"][task][1]
+    seen = data_info["ranges"][task][1]
     return {
         "format": 1,
         "backbone": config.student_model,
         "learner_name": config.learner_name,
         "prompt_param": list(config.prompt_param),
-        "KD_method": config.kd_method,
-        "kd_prompt_param": list(config.kd_prompt_param),
-        "kd_alpha": config.kd_alpha,
-        "num_classes": facts["num_classes"],
-        "num_tasks": facts["num_tasks"],
+        "KD_method": config.distill.method,
+        "kd_prompt_param": list(config.distill.prompt_param),
+        "kd_alpha": config.distill.alpha,
+        "num_classes": data_info["num_classes"],
+        "num_tasks": data_info["num_tasks"],
         "task": task,
         "classes_seen": seen,
-        "class_names": facts["class_names"][:seen],
-        "image_size": facts["image_size"],
+        "class_names": data_info["class_names"][:seen],
+        "image_size": data_info["image_size"],
         "input": "RGB images [B, 3, H, W] in [0, 1], without mean and standard deviation",
-        "test_crop": facts["test_crop"],
+        "test_crop": data_info["test_crop"],
     }
 
 
-def build_student(description: dict[str, Any], vit: PromptedViT) -> StudentClassifier:
+def build_student(metadata: dict[str, Any], vit: PromptedViT) -> StudentClassifier:
     """A student of the right sizes, not yet with its trained parts.
 
     Args:
-        description: what :func:`describe` returned.
+        metadata: see :func:`student_metadata`.
         vit: the student's backbone.
     """
-    d = description
-    learner = build_learner(
-        learner_name=d["learner_name"],
-        prompt_param=d["prompt_param"],
-        kd_method=d["KD_method"],
-        distill=DistillSettings(d["kd_alpha"], 1.0, *d["kd_prompt_param"]),
-        teacher_vit=vit,  # not used in evaluation; any teacher would do
-        student_vit=vit,
-        num_classes=d["num_classes"],
-        num_tasks=d["num_tasks"],
-        optim=OptimSettings(),
-        aux_loss_scale=1.0,
-        seed=0,
-        parallel=SingleDevice(torch.device("cpu")),
+    config = Config(
+        learner_name=metadata["learner_name"],
+        prompt_param=tuple(metadata["prompt_param"]),
+        distill=DistillConfig(
+            metadata["KD_method"], tuple(metadata["kd_prompt_param"]), metadata["kd_alpha"]
+        ),
     )
-    learner.resume_task(d["task"])
-    return StudentClassifier(learner.student, learner.distiller, d["classes_seen"])
+    # Evaluation does not use the teacher, so any backbone will do for it.
+    vits, device = {"teacher": vit, "student": vit}, Parallel(torch.device("cpu"))
+    learner = build_learner(config, vits, metadata["num_classes"], metadata["num_tasks"], device)
+    learner.resume_task(metadata["task"])
+    return StudentClassifier(learner.student, learner.distiller, metadata["classes_seen"])
 
 
 def load_trained_parts(classifier: StudentClassifier, state: dict[str, Tensor]) -> None:
-    """Load a student's ``S_class.pth`` without what only training needs.
+    """Load a student's ``S_class.pth`` without the parts that only training needs.
 
     Raises:
         RuntimeError: a name or shape does not fit.
@@ -161,22 +127,61 @@ def load_trained_parts(classifier: StudentClassifier, state: dict[str, Tensor]) 
         classifier.distiller.load_state_dict({key: value for key, value in state.items() if key not in own})
 
 
+def export(classifier: StudentClassifier, metadata: dict[str, Any], path: Path) -> None:
+    """Write the student: tensors (``.safetensors``) or a ``torch.export`` program (``.pt2``), with a ``.json`` beside.
+
+    The JSON is needed for either: it names the classes, in the order of the logits, and the input.
+
+    Args:
+        classifier: the student.
+        metadata: see :func:`student_metadata`.
+        path: file to write; its ending chooses the format.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    classifier = classifier.to("cpu")
+    if path.suffix == ".pt2":
+        data = _exported_program(classifier, metadata["image_size"])
+    else:
+        # The name of the entry is the format's, which other versions read.
+        data = save(_tensors(classifier), metadata={"description": json.dumps(metadata, sort_keys=True)})
+    write_atomic(path, data)
+    write_atomic(path.with_suffix(".json"), (json.dumps(metadata, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse to export to a file whose ``.json`` is there and belongs to something else.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    beside = path.with_suffix(".json")
+    if not beside.exists():
+        return
+    try:
+        before = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        before = None
+    if not isinstance(before, dict) or not {"backbone", "classes_seen", "test_crop"} <= before.keys():
+        raise ConfigError(
+            [
+                f"--export {path}: {beside} would be replaced, which is not the description of an exported student; "
+                "choose another name"
+            ]
+        )
+
+
 def load_exported(path: Path) -> StudentClassifier:
     """Rebuild the student from an exported ``.safetensors`` file alone.
 
     Raises:
         ConfigError: the file is no export of this project, or a damaged one.
     """
-    from safetensors import SafetensorError, safe_open
-
-    from models.backbones import load_backbone
-
     try:
         with safe_open(path, framework="pt") as file:
-            description = json.loads(file.metadata()["description"])
+            metadata = json.loads(file.metadata()["description"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        vit = load_backbone(description["backbone"], pretrained=False).vit
-        classifier = build_student(description, vit)
+        vit = load_backbone(metadata["backbone"], pretrained=False).vit
+        classifier = build_student(metadata, vit)
         expected = _tensors(classifier).keys()
         if expected != tensors.keys():
             raise ValueError(f"it lacks {sorted(expected - tensors.keys())[:3]}")
@@ -187,7 +192,7 @@ def load_exported(path: Path) -> StudentClassifier:
 
 
 def _tensors(classifier: StudentClassifier) -> dict[str, Tensor]:
-    """What evaluation needs, each tensor once; not what compares features with a teacher's."""
+    """The tensors that evaluation needs, each once; not those that compare features with a teacher's."""
     named = dict(classifier.named_parameters()) | dict(classifier.named_buffers())
     saved = classifier.state_dict().keys() & named.keys()
     if classifier.distiller.needs_blocks:
@@ -196,8 +201,6 @@ def _tensors(classifier: StudentClassifier) -> dict[str, Tensor]:
 
 
 def _exported_program(classifier: StudentClassifier, image_size: int) -> bytes:
-    import io
-
     images = torch.rand(2, 3, image_size, image_size)
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(classifier, (images,), dynamic_shapes={"images": {0: batch}})

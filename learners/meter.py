@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learners.prompt import GRADIENT, is_count
+from learners.learner import TrainResult
 from utils.parallel import Parallel
+
+GRADIENT = "gradient"
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the last good state is kept."""
+    """Training cannot continue; the last good state is kept."""
 
 
 class NonFiniteError(TrainingError):
@@ -37,16 +39,15 @@ class LossMeter:
         self.check_gradient = check_gradient
         self.names: list[str] = []
         self.sums: dict[str, float] = {}
-        self.steps = 0
-        self.skipped = 0
-        self.images = 0
+        self.correct = self.steps = self.skipped = self.images = 0
         self._pending: list[Tensor] = []
         self._pending_images = 0
 
-    def add(self, result: Mapping[str, Tensor], images: int) -> None:
+    def add(self, result: TrainResult, images: int) -> None:
         """Take the result of a training step on ``images`` images (of the global batch)."""
-        self.names = list(result)
-        self._pending.append(torch.stack([value.float() for value in result.values()]))
+        losses = {"loss": result.loss, **result.terms, GRADIENT: result.gradient}
+        self.names = list(losses)
+        self._pending.append(torch.stack([value.float() for value in (*losses.values(), result.correct)]))
         self._pending_images += images
 
     def read(self) -> None:
@@ -57,42 +58,42 @@ class LossMeter:
         """
         if not self._pending:
             return
-        counts = torch.tensor([is_count(name) for name in self.names])
-        local = torch.stack(self._pending)
-        world = self.parallel.world_size
-        values = (self.parallel.sum(local) if world > 1 else local).cpu().double()  # [steps, terms]
-        values = torch.where(counts, values, values / world)
-        self._check(values)
+        values = self.parallel.sum(torch.stack(self._pending)).cpu().double()  # [steps, terms + 1]
+        losses, correct = values[:, :-1] / self.parallel.world_size, values[:, -1]
+        self._check(losses)
         # Step by step, so that the sums do not depend on when they are read.
-        for row in values.tolist():
+        for row in losses.tolist():
             for name, value in zip(self.names, row, strict=True):
                 skipped = name == GRADIENT and not math.isfinite(value)  # _check has let it pass
                 self.skipped += skipped
                 self.sums[name] = self.sums.get(name, 0.0) + (0.0 if skipped else value)
+        self.correct += int(correct.sum())
         self.steps += len(values)
         self.images += self._pending_images
         self._pending, self._pending_images = [], 0
 
     def means(self) -> dict[str, float]:
         """Mean of each term over the steps read so far, and the training ``accuracy`` in %."""
-        means = {name: total / max(self.steps, 1) for name, total in self.sums.items() if not is_count(name)}
+        means = {name: total / max(self.steps, 1) for name, total in self.sums.items()}
         if self.skipped:
             updates = self.steps - self.skipped
             means[GRADIENT] = self.sums[GRADIENT] / updates if updates else math.nan
-        correct = self.sums.get("correct", 0.0)
-        return means | {"accuracy": 100 * correct / self.images if self.images else math.nan}
+        return means | {"accuracy": 100 * self.correct / self.images if self.images else math.nan}
 
     def state(self) -> dict[str, Any]:
-        return {"sums": self.sums, "steps": self.steps, "skipped": self.skipped, "images": self.images}
+        """Everything that was read, for a resume within the epoch."""
+        names = ("sums", "correct", "steps", "skipped", "images")
+        return {name: getattr(self, name) for name in names}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.sums, self.steps, self.images = dict(state["sums"]), state["steps"], state["images"]
-        self.skipped = state.get("skipped", 0)  # states of earlier versions do not have it
+        """Load the result of :meth:`state`."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
-    def _check(self, values: Tensor) -> None:
-        finite = values.isfinite()
+    def _check(self, losses: Tensor) -> None:
+        finite = losses.isfinite()
         if not self.check_gradient:
             finite[:, self.names.index(GRADIENT)] = True
         if not finite.all():
             step, term = (~finite).nonzero()[0].tolist()
-            raise NonFiniteError(f"step {self.steps + step + 1}: {self.names[term]} is {values[step, term]:g}")
+            raise NonFiniteError(f"step {self.steps + step + 1}: {self.names[term]} is {losses[step, term]:g}")

@@ -1,40 +1,21 @@
-"""Optimizers and learning-rate schedules of the paper's configurations (SPEC section 6)."""
+"""Optimizers and learning-rate schedules of the original's configurations."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-
-class OptimSettings(NamedTuple):
-    """``optimizer``, ``lr``, ``momentum``, ``weight_decay``, ``schedule_type`` and ``schedule``."""
-
-    optimizer: str = "Adam"
-    lr: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    schedule_type: str = "cosine"
-    schedule: Sequence[int] = (20,)
-
-    @property
-    def epochs(self) -> int:
-        """E, epochs of each phase of each task."""
-        return self.schedule[-1]
+from utils.config import OptimConfig
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
-    """A new optimizer for one phase of one task.
-
-    Raises:
-        ValueError: the optimizer is unknown.
-    """
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """A new optimizer, for one model at one task."""
     parameters = list(parameters)
-    lr, momentum, decay = settings.lr, settings.momentum, settings.weight_decay
-    match settings.optimizer:
+    lr, momentum, decay = config.lr, config.momentum, config.weight_decay
+    match config.optimizer:
         case "Adam":
             return torch.optim.Adam(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=decay, fused=True)
         case "amsgrad":
@@ -44,22 +25,21 @@ def build_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings)
             return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay)
         case "RMSprop":
             return torch.optim.RMSprop(parameters, lr=lr, momentum=momentum, weight_decay=decay)
-        case "Rprop":
+        case _:
             return torch.optim.Rprop(parameters, lr=lr)
-    raise ValueError(f"unknown optimizer {settings.optimizer!r}; use Adam, amsgrad, SGD, RMSprop or Rprop")
 
 
-def learning_rate(settings: OptimSettings, epoch: int) -> float:
+def learning_rate(config: OptimConfig, epoch: int) -> float:
     """Learning rate of one epoch, counted from 0.
 
     ``cosine``: lr in epochs 0 and 1, then ``lr * cos(99 pi (e - 1) / (200 (K - 1)))`` with K the last value
     of the schedule; the lag of one epoch is the original's. ``decay``: a tenth after each epoch of the schedule.
     """
-    if settings.schedule_type == "decay":
-        return settings.lr * 0.1 ** sum(epoch >= milestone for milestone in settings.schedule)
+    if config.schedule_type == "decay":
+        return config.lr * 0.1 ** sum(epoch >= milestone for milestone in config.schedule)
     if epoch <= 1:
-        return settings.lr
-    return settings.lr * math.cos(99 * math.pi * (epoch - 1) / (200 * (settings.epochs - 1)))
+        return config.lr
+    return config.lr * math.cos(99 * math.pi * (epoch - 1) / (200 * (config.epochs - 1)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

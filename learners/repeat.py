@@ -6,10 +6,10 @@ import json
 import logging
 from collections.abc import Callable
 
-from learners.record import METRICS
-from utils.checkpoint import RunFolderError, write_atomic
+from utils.checkpoint import METRICS, RunFolder, RunFolderError
 from utils.config import Config
 from utils.metrics import MEASURES, aggregate
+from utils.parallel import is_main_process
 
 SUMMARY = "repeat.json"
 
@@ -26,24 +26,23 @@ def run_repeats(config: Config, train: Callable[[Config], int]) -> int:
         code = train(config.for_seed(seed))
         if code != 0:
             return code
-    from learners.experiment import is_main_process
-
-    if is_main_process():
-        try:
-            _summarise(config, seeds)
-        except RunFolderError as error:
-            _log.error("%s", error)
-            return 1
+    try:
+        if is_main_process():
+            _summarize(RunFolder(config.log_dir), seeds)
+    except RunFolderError as error:
+        _log.error("%s", error)
+        return 1
     return 0
 
 
-def _summarise(config: Config, seeds: range) -> None:
-    runs = [json.loads((config.log_dir / f"seed-{seed}" / METRICS).read_text(encoding="utf-8")) for seed in seeds]
+def _summarize(folder: RunFolder, seeds: range) -> None:
+    """Write ``repeat.json`` and log the measures."""
+    runs = [folder.read_json(f"seed-{seed}/{METRICS}") for seed in seeds]
     summary = {
         role: aggregate([run[role] for run in runs]) for role in ("teacher", "student") if runs[0][role] is not None
     }
     text = json.dumps({"seeds": list(seeds), **summary}, indent=1, sort_keys=True) + "\n"
-    write_atomic(config.log_dir / SUMMARY, text.encode())
+    folder.write(SUMMARY, text.encode())
     _log.info("\n%d seeds (%d to %d), mean ± standard deviation:", len(runs), seeds[0], seeds[-1])
     for role, measures in summary.items():
         for name, words in MEASURES.items():

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
-
-_log = logging.getLogger(__name__)
+from types import FrameType
 
 
 class StoppedError(BaseException):
     """The run was asked to stop, and nothing of it is lost.
 
-    Like KeyboardInterrupt it is no Exception, so that what handles errors of its own lets it pass.
+    Like KeyboardInterrupt it is no Exception, so that handlers of errors let it pass.
 
     Attributes:
         exit_code: 128 + number of the signal.
     """
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command goes on from here")
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command resumes from here")
         self.exit_code = 128 + signum
 
 
 class Signals:
-    """Remember what was asked for while the block runs.
+    """Remember the requests that come while the block runs.
 
     SIGINT or SIGTERM once asks to stop after the current step, twice ends the process at once (every file is
-    consistent at any moment); SIGUSR1 asks to save and go on. Before :meth:`finish_steps` there is nothing to
+    consistent at any moment); SIGUSR1 asks to save and continue. Before :meth:`finish_steps` there is nothing to
     finish: :class:`StoppedError` is raised at once, wherever the process is.
 
     Attributes:
@@ -45,20 +42,17 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for signum, handler in (
-                (signal.SIGINT, self._ask_to_stop),
-                (signal.SIGTERM, self._ask_to_stop),
-                (signal.SIGUSR1, self._ask_to_save),
-            ):
-                self._previous[signum] = signal.signal(signum, handler)
+            handlers = {
+                signal.SIGINT: self._ask_to_stop,
+                signal.SIGTERM: self._ask_to_stop,
+                signal.SIGUSR1: self._ask_to_save,
+            }
+            self._previous = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
-        self._previous.clear()
 
     def finish_steps(self) -> None:
         """From now on a signal only leaves its number in ``stop``."""

@@ -1,11 +1,13 @@
 """One training or evaluation step, from images to losses and counts: the unit that runs on a device.
 
 A step holds every trained parameter and makes the losses itself, so that several devices exchange scalars and
-gradients only. Everything it returns is a vector of one element per replica: losses are averaged over
-replicas, counts are summed.
+gradients only. Everything it returns is a vector of one element per replica: losses are averaged over replicas, counts
+are summed.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,31 @@ from learners.distillers.base import Distiller, task_cross_entropy
 from models.prompted_model import ModelOutput, PromptedModel
 from models.vit import PromptedViT
 
-LOSS = "loss"
-CORRECT = "correct"
-NOT_FINITE = "not finite"
+
+class StepResult(NamedTuple):
+    """Result of a training step.
+
+    Attributes:
+        loss: total, [1], with gradient.
+        terms: the terms of which it is the sum, by name, [1] each.
+        correct: number of correct predictions, [1].
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    correct: Tensor
+
+
+class EvalResult(NamedTuple):
+    """Result of an evaluation step.
+
+    Attributes:
+        correct: number of correct predictions by role, [1] each.
+        not_finite: number of logits of both models that are infinite or not a number, [1].
+    """
+
+    correct: dict[str, Tensor]
+    not_finite: Tensor
 
 
 class Step(nn.Module):
@@ -43,40 +67,36 @@ class Step(nn.Module):
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer of this phase updates."""
+        """Parameters that the optimizer updates."""
         return [p for p in self.parameters() if p.requires_grad]
 
-    def _result(self, terms: dict[str, Tensor], predicted: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Total loss, its terms and the number of correct predictions, [1] each."""
-        result = {LOSS: sum(terms.values()).reshape(1)}
-        result |= {name: term.detach().reshape(1) for name, term in terms.items()}
-        result[CORRECT] = (predicted.detach().argmax(1) == targets).sum().reshape(1)
-        return result
-
-    def _predicted(self, logits: Tensor, classes: ClassRange) -> Tensor:
-        """Logits with all but ``classes`` at -inf, so that argmax gives a label."""
+    def _result(
+        self, terms: dict[str, Tensor], logits: Tensor, targets: Tensor, classes: ClassRange
+    ) -> StepResult:
+        """Add the terms up and count the answers that are right among ``classes``."""
         masked = logits.new_full(logits.shape, float("-inf"))
         masked[:, classes.start : classes.stop] = logits.detach()[:, classes.start : classes.stop]
-        return masked
+        return StepResult(
+            loss=sum(terms.values()).reshape(1),
+            terms={name: term.detach().reshape(1) for name, term in terms.items()},
+            correct=(masked.argmax(1) == targets).sum().reshape(1),
+        )
 
 
 class TeacherStep(Step):
-    """``CE(current task's columns) + aux_loss_scale * prompt loss`` for the teacher (SPEC section 4)."""
+    """``CE(current task's columns) + aux_loss_scale * prompt loss`` for the teacher."""
 
     def __init__(self, query_vit: PromptedViT, teacher: PromptedModel, **options) -> None:
         super().__init__(query_vit, **options)
         self.teacher = teacher
 
-    def forward(self, images: Tensor, targets: Tensor, classes: ClassRange) -> dict[str, Tensor]:
-        """Losses of a batch.
+    def forward(self, images: Tensor, targets: Tensor, classes: ClassRange) -> StepResult:
+        """Losses of a batch, with the terms ``ce`` and ``prompt``.
 
         Args:
             images: [B, 3, H, W] in [0, 1].
             targets: labels [B].
             classes: columns that compete.
-
-        Returns:
-            ``loss`` (with gradient), its terms ``ce`` and ``prompt``, and ``correct``, [1] each.
         """
         query, _ = make_query(self.query_vit, images)
         with torch.no_grad():
@@ -86,11 +106,11 @@ class TeacherStep(Step):
             "ce": task_cross_entropy(output.logits, targets, classes, self.class_weights),
             "prompt": self.aux_loss_scale * output.prompt_loss,
         }
-        return self._result(terms, self._predicted(output.logits, classes), targets)
+        return self._result(terms, output.logits, targets, classes)
 
 
 class StudentStep(Step):
-    """The student's objective, with the frozen teacher inside (SPEC section 5).
+    """The student's objective, with the frozen teacher inside (arXiv 2407.13911, section 4).
 
     Args:
         query_vit: the student's backbone.
@@ -123,8 +143,8 @@ class StudentStep(Step):
         parts = (self.student, self.distiller)
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
-    def forward(self, images: Tensor, targets: Tensor, classes: ClassRange) -> dict[str, Tensor]:
-        """Losses of a batch; arguments and result as in :meth:`TeacherStep.forward`.
+    def forward(self, images: Tensor, targets: Tensor, classes: ClassRange) -> StepResult:
+        """Losses of a batch; arguments as in :meth:`TeacherStep.forward`.
 
         The terms are ``ce``, ``distill``, ``feature`` (where the method has them) and ``prompt``.
         """
@@ -137,14 +157,14 @@ class StudentStep(Step):
         if "feature" in terms:
             terms["feature"] = self.aux_loss_scale * terms["feature"]
         terms["prompt"] = self.aux_loss_scale * student.prompt_loss
-        return self._result(terms, self._predicted(predicted, classes), targets)
+        return self._result(terms, predicted, targets, classes)
 
     def _teach(self, images: Tensor, query: Tensor) -> ModelOutput | None:
         if self.teacher is None:
             return None
         needs_blocks = self.distiller.needs_blocks
         # A loss can keep nothing for its gradient that was made in inference mode: logits are copied, all blocks'
-        # outputs would be too much. torch.compile fails on inference mode inside of what it compiles.
+        # outputs would be too much. torch.compile fails on inference mode inside of compiled code.
         if needs_blocks or torch.compiler.is_compiling():
             with torch.no_grad():
                 return self.teacher(self.teacher.vit.embed(images), query, return_blocks=needs_blocks)
@@ -177,24 +197,17 @@ class EvalStep(nn.Module):
         self.teacher = teacher
         self.eval()
 
-    @torch.inference_mode()
+    def forward(self, images: Tensor, targets: Tensor, seen: int) -> EvalResult:
+        """Count correct top-1 answers among the first ``seen`` classes.
+
+        The caller enters inference mode, since torch.compile fails on it inside of compiled code.
+        """
+        logits = self.logits(images, seen)
+        correct = {role: (x.argmax(1) == targets).sum().reshape(1) for role, x in logits.items()}
+        return EvalResult(correct, sum((~x.isfinite()).sum() for x in logits.values()).reshape(1))
+
     def logits(self, images: Tensor, seen: int) -> dict[str, Tensor]:
         """Logits [B, seen] of ``student`` and, where there is one, ``teacher``."""
-        return self._logits(images, seen)
-
-    def forward(self, images: Tensor, targets: Tensor, seen: int) -> dict[str, Tensor]:
-        """Number of correct top-1 answers among the first ``seen`` classes, [1] per model.
-
-        ``not finite`` counts the logits that are infinite or not a number, of both models.
-
-        Inference mode is the caller's to enter: torch.compile fails on it inside of what it compiles.
-        """
-        logits = self._logits(images, seen)
-        result = {role: (x.argmax(1) == targets).sum().reshape(1) for role, x in logits.items()}
-        result[NOT_FINITE] = sum((~x.isfinite()).sum() for x in logits.values()).reshape(1)
-        return result
-
-    def _logits(self, images: Tensor, seen: int) -> dict[str, Tensor]:
         query, tokens = make_query(self.query_vit, images)
         output = self.student(tokens, query, self.distiller.student_inputs())
         result = {"student": self.distiller.predict(output)}

@@ -1,122 +1,90 @@
-"""The task loop: learn each task's phases, evaluate, save; and go on wherever a run was interrupted."""
+"""The task loop: train each task's models, evaluate, save; and resume wherever a run was interrupted."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dataloaders.loader import DataPipeline
-from dataloaders.tasks import ClassRange, TaskStream
+from learners.build import Run
+from learners.evaluate import evaluate, model_file
+from learners.learner import TaskTraining
 from learners.meter import LossMeter, NonFiniteError, TrainingError
-from learners.prompt import Phase, PromptLearner
-from learners.record import RunRecord
+from learners.results import History, write_results
 from learners.signals import Signals, StoppedError
-from learners.state import Described, copy_to_cpu, describe, pack, unpack, unpack_plain
-from learners.steps import NOT_FINITE
-from learners.teachers import TrainedTeachers
-from utils.checkpoint import RunFolder, from_bytes, to_bytes
+from learners.teacher_cache import TeacherCache
+from utils.checkpoint import RunFolder, to_bytes
+from utils.config import Config
 from utils.logging import Progress
-from utils.parallel import Parallel
+
+EVALUATION = "evaluation"
 
 _log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: what is to be done next.
+
+class Position(NamedTuple):
+    """The next thing to do in a run.
 
     Attributes:
         task: from 0.
-        phase: index of the phase; the number of phases means that evaluation is next.
+        role: ``teacher``, ``student`` or :data:`EVALUATION`.
         epoch: from 0.
-        step: steps of this epoch that are done.
+        step: number of steps of this epoch that are done.
     """
 
-    task: int = 0
-    phase: int = 0
+    task: int
+    role: str
     epoch: int = 0
     step: int = 0
-
-    @property
-    def starts_task(self) -> bool:
-        """Nothing of the task was done yet, not even the growth of the pools."""
-        return (self.phase, self.epoch, self.step) == (0, 0, 0)
 
 
 class Trainer:
     """Teach a learner all tasks of a stream.
 
-    A state is saved after every epoch. It holds what changed since the task began (see ``learners.state``), so a
-    resume begins the task again, from the models saved after the task before it, and then takes the state over.
-    While a state is being written the next epoch is already under way.
+    A state is saved after every epoch. It holds the next position, the trained parts of both models, the optimizer
+    and all measurements.
 
     Args:
-        learner: teacher, student and their phases.
-        stream: tasks.
-        data: batches.
-        folder: files of the run; None on processes that do not write.
-        parallel: where it runs.
-        epochs: per phase.
-        num_tasks: tasks to learn, at most those of the stream.
-        result_files: makes the files of ``Results/`` from the record after each task.
-        progress: shows where the run is.
+        config: settings of the run.
+        run: its objects.
+        folder: its files; None on processes that do not write.
         signals: what the user asks for meanwhile.
-        log_interval: steps between two readings of the losses.
-        class_weighting: weigh classes in the cross entropy by their frequency.
-        replay: past classes are in the batches, so all classes seen compete.
-        on_epoch: called with phase name, task, epoch and means after each epoch (TensorBoard).
+        progress: shows where the run is.
+        on_epoch: called with role, task, epoch and means after each epoch (TensorBoard).
         teachers: trained teachers of another run, taken where it has them.
     """
 
     def __init__(
         self,
-        learner: PromptLearner,
-        stream: TaskStream,
-        data: DataPipeline,
+        config: Config,
+        run: Run,
         folder: RunFolder | None,
-        parallel: Parallel,
-        *,
-        epochs: int,
-        num_tasks: int,
-        result_files: Callable[[RunRecord], dict[str, bytes]],
-        progress: Progress,
         signals: Signals,
-        log_interval: int = 10,
-        class_weighting: bool = False,
-        replay: bool = False,
+        progress: Progress,
+        *,
         on_epoch: Callable[[str, int, int, Mapping[str, float]], None] = lambda *_: None,
-        teachers: TrainedTeachers | None = None,
+        teachers: TeacherCache | None = None,
     ) -> None:
-        self.learner = learner
-        self.stream = stream
-        self.data = data
+        self.config = config
+        self.run = run
+        self.learner, self.data, self.parallel = run.learner, run.data, run.parallel
         self.folder = folder
-        self.parallel = parallel
-        self.epochs = epochs
-        self.num_tasks = num_tasks
-        self.result_files = result_files
-        self.progress = progress
         self.signals = signals
-        self.log_interval = log_interval
-        self.class_weighting = class_weighting
-        self.replay = replay
+        self.progress = progress
         self.on_epoch = on_epoch
         self.teachers = teachers
-        self.record = RunRecord()
-        self._task_start: dict[str, Any] = {}
-        self._models: dict[str, dict[str, Tensor]] = {}
-        self._saved_models: dict[str, dict[str, Tensor] | Described] = {}
+        self.history = History()
+        self.roles = (*run.learner.roles, EVALUATION)
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
 
-    def run(self) -> RunRecord:
-        """Learn what is left of the run.
+    def learn(self, state: Mapping[str, Any] | None) -> None:
+        """Learn what is left of the run after ``state``.
 
         Raises:
             StoppedError: a signal asked to stop; the state is saved.
@@ -125,294 +93,187 @@ class Trainer:
             RunFolderError: a file cannot be written; the last good state stays.
         """
         with self._writer:
-            self._run()
+            position = self._restore(state) if state is not None else self._start_of(0)
+            while position.task < self.run.num_tasks:
+                if position == self._start_of(position.task):
+                    self._begin_task(position.task)
+                if position.role == EVALUATION:
+                    position = self._evaluate(position)
+                elif position.role == "teacher" and position[2:] == (0, 0) and self._take_teacher(position.task):
+                    position = self._save(self._after(position))
+                else:
+                    position = self._train(position, state)
+                state = None
             self._wait_until_written()
-        return self.record
 
-    def _run(self) -> None:
-        saved = self._read_state()
-        position = self._resume(*saved) if saved else Position()
-        while position.task < self.num_tasks:
-            self._begin_task(position.task)
-            state = None
-            if saved and not position.starts_task:
-                state = unpack(saved[0], self._task_start)
-                for role, tensors in state["models"].items():
-                    self.learner.load_state(role, tensors)
-            self._run_task(position, state)
-            position, saved = Position(position.task + 1), None
+    def _start_of(self, task: int) -> Position:
+        return Position(task, self.roles[0])
 
-    def _read_state(self) -> tuple[bytes, dict[str, bytes]] | None:
-        """The newest state, and the models from which its task began; the first process reads for all."""
-        saved = None
-        if self.folder is not None:
-            state, problems = self.folder.newest_state()
-            for problem in problems:
-                _log.warning("%s; going on from the state before it", problem)
-            if state is not None:
-                task = unpack_plain(state)["position"]["task"]
-                files = self._models_before(task)
-                saved = state, {role: self.folder.read(name) for role, name in files.items()}
-        return self.parallel.broadcast(saved)
+    def _after(self, position: Position) -> Position:
+        """The position after the last epoch of a role, or after an evaluation."""
+        if position.role == EVALUATION:
+            return self._start_of(position.task + 1)
+        return Position(position.task, self.roles[self.roles.index(position.role) + 1])
 
-    def _models_before(self, task: int) -> dict[str, str]:
-        """Files of the models from which a task begins; none for the first task."""
-        return {role: model_file(role, task - 1) for role in self.learner.phases} if task else {}
-
-    def _resume(self, state: bytes, models: Mapping[str, bytes]) -> Position:
-        """Make the learner as it was before the state's task."""
-        plain = unpack_plain(state)
-        position = Position(**plain["position"])
-        self.record = RunRecord.from_state(plain["record"])
-        for role, data in models.items():
-            self.learner.load_state(role, from_bytes(data))
-        if position.task < self.num_tasks:
-            _log.info("Going on at %s", self._place(position))
+    def _restore(self, state: Mapping[str, Any]) -> Position:
+        """Make learner and history as they were when ``state`` was saved."""
+        position = Position(*state["position"])
+        self.history = History(**state["history"])
+        self.learner.resume_task(position.task)
+        for role, tensors in state["models"].items():
+            self.learner.load_state(role, tensors)
+        if position.task < self.run.num_tasks:
+            trains = position.role != EVALUATION
+            place = f", epoch {position.epoch + 1}, step {position.step + 1}" if trains else ""
+            _log.info("Resuming at task %d, %s%s", position.task + 1, position.role, place)
         return position
-
-    def _place(self, position: Position) -> str:
-        parts = [*self.learner.phases, "evaluation"]
-        where = f"task {position.task + 1}, {parts[position.phase]}"
-        trains = position.phase < len(self.learner.phases)
-        return where + f", epoch {position.epoch + 1}, step {position.step + 1}" if trains else where
 
     def _begin_task(self, task: int) -> None:
         try:
             self.learner.begin_task(task)
         except ValueError as error:
             raise TrainingError(f"task {task + 1} cannot begin: {error} The last good state is kept.") from error
-        self._models = {role: self.learner.state(role) for role in self.learner.phases}  # change as training goes on
-        self._saved_models = self._models
-        self._task_start = {"models": copy_to_cpu(self._models)}
 
-    def _run_task(self, position: Position, state: dict[str, Any] | None) -> None:
-        task, phases = position.task, self.learner.phases
-        for index in range(position.phase, len(phases)):
-            here = index == position.phase
-            start = position if here else Position(task, index)
-            if phases[index] == "teacher" and self._take_teacher(start):
-                continue
-            self._run_phase(start, phases[index], state if here and (start.epoch or start.step) else None)
-        self._evaluate(task)
-
-    def _take_teacher(self, start: Position) -> bool:
-        """Take the teacher from the run that has it; the record becomes what training it would have made of it."""
-        if self.teachers is None:
+    def _take_teacher(self, task: int) -> bool:
+        """Take the teacher from the run that has it; the history becomes what training it would have made of it."""
+        if self.config.teacher_from is None:
             return False
-        task, following = start.task, Position(start.task, start.phase + 1)
         found = self.parallel.broadcast(self.teachers.find(task) if self.folder is not None else None)
         if found is None:
             return False
-        self.learner.load_state("teacher", from_bytes(found.model))
+        self.learner.load_state("teacher", found.model)
         for epoch, means in enumerate(found.losses):
-            self.record.add_epoch("teacher", task, epoch, means)
-        _log.info("Task %d/%d: teacher taken from %s", task + 1, self.num_tasks, self.teachers.root)
-        self._saved_models = self._models
-        self._save(following)
-        self._obey(following)
+            self.history.add_epoch("teacher", task, epoch, means)
+        _log.info("Task %d/%d: teacher taken from %s", task + 1, self.run.num_tasks, self.config.teacher_from)
         return True
 
-    def _run_phase(self, start: Position, name: str, state: dict[str, Any] | None) -> None:
+    def _train(self, start: Position, state: Mapping[str, Any] | None) -> Position:
         """Train one model from ``start`` (with the optimizer of ``state``) to its last epoch."""
-        task = start.task
-        # What the phase does not train is compared with the task's start once, not after each epoch.
-        self._saved_models = {
-            role: tensors if role == name else describe(tensors, self._task_start["models"][role])
-            for role, tensors in self._models.items()
-        }
-        weights = torch.from_numpy(self.stream.class_weights(task)) if self.class_weighting else None
-        phase = self.learner.begin_phase(name, self._competing(task), weights)
-        if state is not None:
-            phase.load_state(state["phase"])
-        self.progress.start_phase(task, name, self.epochs, start.epoch)
-        for epoch in range(start.epoch, self.epochs):
-            meter = LossMeter(self.parallel, check_gradient=not phase.scaler.is_enabled())
-            first = start.step if epoch == start.epoch else 0
-            if first:
-                meter.load_state(state["meter"])
-            last = epoch == self.epochs - 1
-            following = Position(task, start.phase + 1) if last else Position(task, start.phase, epoch + 1)
+        task, role, epochs = start.task, start.role, self.config.optim.epochs
+        stream = self.run.stream
+        weights = torch.from_numpy(stream.class_weights(task)) if self.config.data.class_weighting else None
+        training = self.learner.begin_training(role, self._active_classes(task), weights)
+        meter = LossMeter(self.parallel, check_gradient=not training.scaler.is_enabled())
+        if state is not None and state["training"] is not None:
+            training.load_state(state["training"])
+            meter.load_state(state["meter"] or {})
+        self.progress.start_training(task, role, epochs, start.epoch)
+        here = start
+        while here.role == role:
+            following = here._replace(epoch=here.epoch + 1, step=0)
+            last = following.epoch == epochs
             try:
-                self._run_epoch(phase, name, Position(task, start.phase, epoch, first), meter)
-                self._save(following, None if last else phase)
+                self._train_epoch(training, here, meter)
+                here = self._save(self._after(here) if last else following, None if last else training)
             except NonFiniteError as error:
                 raise NonFiniteError(
-                    f"task {task + 1}, {name}, epoch {epoch + 1}, {error}: lower --lr, or use --precision fp32; "
+                    f"task {task + 1}, {role}, epoch {here.epoch + 1}, {error}: lower --lr, or use --precision fp32; "
                     "the last good state is kept"
                 ) from None
-            self._obey(following, None if last else phase)
-        self.progress.end_phase()
+            meter = LossMeter(self.parallel, check_gradient=not training.scaler.is_enabled())
+        self.progress.end_training()
+        return here
 
-    def _run_epoch(self, phase: Phase, name: str, here: Position, meter: LossMeter) -> None:
+    def _train_epoch(self, training: TaskTraining, here: Position, meter: LossMeter) -> None:
         started, images_before = time.monotonic(), meter.images
         steps = self.data.steps_per_epoch(here.task)
-        phase.begin_epoch(here.epoch)
+        training.begin_epoch(here.epoch)
         self.progress.start_epoch(here.epoch, steps)
-        batches = self.data.train(here.task, name, here.epoch, first_step=here.step)
+        batches = self.data.train(here.task, here.role, here.epoch, first_step=here.step)
         for step, (images, targets) in enumerate(batches, here.step + 1):
-            result = phase.train_step(images, targets)
+            result = training.train_step(images, targets)
             count = len(images) * self.parallel.world_size
             meter.add(result, count)
             self.progress.step(count)
-            read = step % self.log_interval == 0 or step == steps
+            read = step % self.config.log_interval == 0 or step == steps
             if read:
                 meter.read()
                 means = meter.means()
                 self.progress.update(means["loss"], means["accuracy"])
             # Several processes must agree on when to stop, which they do where they exchange losses anyway.
             if step < steps and (read or self.parallel.world_size == 1):
-                self._obey(Position(here.task, here.phase, here.epoch, step), phase, meter)
+                self._obey_signals(here._replace(step=step), training, meter)
         self.progress.end_epoch()
         means = meter.means()
-        self.record.add_epoch(name, here.task, here.epoch, means)
-        self.record.add_time(here.task, name, 1, time.monotonic() - started, meter.images - images_before)
-        self.on_epoch(name, here.task, here.epoch, means)
+        self.history.add_epoch(here.role, here.task, here.epoch, means)
+        self.history.add_time(here.task, here.role, time.monotonic() - started, meter.images - images_before)
+        self.on_epoch(here.role, here.task, here.epoch, means)
 
-    def _obey(self, position: Position, phase: Phase | None = None, meter: LossMeter | None = None) -> None:
+    def _evaluate(self, here: Position) -> Position:
+        """Measure both models on all tasks seen; write models and results, then the state that follows."""
+        started = time.monotonic()
+        rows, usage = evaluate(self.run, here.task, between=lambda: self._obey_signals(here))
+        self.history.add_evaluation(here.task, rows, usage, time.monotonic() - started)
+        for role, row in rows.items():
+            mean = sum(row) / len(row)
+            _log.info(
+                "After task %d/%d the %s's accuracy is %.2f %%", here.task + 1, self.run.num_tasks, role, mean
+            )
+        if self.folder is not None:
+            for role, tensors in _on_cpu(self._models()).items():
+                self.folder.write(model_file(role, here.task), to_bytes(tensors))
+            write_results(self.folder, self.config, self.run, self.history)
+        return self._save(self._after(here))
+
+    def _models(self) -> dict[str, dict[str, Tensor]]:
+        return {role: self.learner.state(role) for role in self.learner.roles}
+
+    def _active_classes(self, task: int):
+        """Columns that compete in the losses: the task's classes, with replay all classes seen."""
+        classes = self.run.stream.classes(task)
+        return classes._replace(start=0) if self.config.data.memory > 0 else classes
+
+    def _obey_signals(self, position: Position, training: TaskTraining | None = None, meter: LossMeter | None = None):
         """Save when a signal asks for it, and stop when one asks for that."""
-        stop = self.signals.stop
-        asked = torch.tensor([stop, int(self.signals.save)])
+        asked = torch.tensor([self.signals.stop > 0, self.signals.save], dtype=torch.int32)
         if self.parallel.world_size > 1:
-            asked = self.parallel.sum((asked > 0).int().to(self.parallel.device)).cpu()
+            asked = self.parallel.sum(asked.to(self.parallel.device)).cpu()
         if not asked.any():
             return
         if meter is not None:
             meter.read()
-        self._save(position, phase, meter)
         self.signals.save = False
+        self._write_state(position, training, meter)
         if asked[0]:
             self._wait_until_written()
-            raise StoppedError(stop or 15)
+            raise StoppedError(self.signals.stop or 15)
 
-    def _save(
-        self,
-        position: Position,
-        phase: Phase | None = None,
-        meter: LossMeter | None = None,
-        files: Mapping[str, bytes] | None = None,
-    ) -> None:
-        """Commit what is to be done next and all that it takes, and ``files`` with it."""
+    def _save(self, position: Position, training: TaskTraining | None = None) -> Position:
+        """Save the state that ``position`` follows, obey signals, and return ``position``."""
+        self._write_state(position, training)
+        self._obey_signals(position, training)
+        return position
+
+    def _write_state(self, position: Position, training: TaskTraining | None, meter: LossMeter | None = None) -> None:
+        """Write a state while the next steps are already under way."""
+        models = _on_cpu(self._models())
+        for role, tensors in models.items():
+            for name, tensor in tensors.items():
+                if not tensor.isfinite().all():
+                    raise NonFiniteError(f"after the last step: {role} {name} is not finite")
+        if self.folder is None:
+            return
         state = {
-            "position": asdict(position),
-            "record": self.record.state(),
+            "position": list(position),
+            "history": self.history.state(),
+            "models": models,
+            "training": training.state() if training is not None else None,
             "meter": meter.state() if meter is not None else None,
-            "phase": phase.state() if phase is not None else None,
-            "models": {} if position.starts_task else self._saved_models,
         }
-        try:
-            data = pack(state, self._task_start)
-        except ValueError as error:
-            raise NonFiniteError(f"after the last step: {error}") from error
-        if self.folder is not None:
-            self._wait_until_written()
-            needs = self._models_before(position.task).values()
-            self._written = self._writer.submit(self.folder.commit_state, data, needs, files)
+        data = to_bytes(state)
+        self._wait_until_written()
+        self._written = self._writer.submit(self.folder.save_state, data)
 
     def _wait_until_written(self) -> None:
-        """Wait for the last save.
-
-        Raises:
-            RunFolderError: it failed.
-        """
+        """Wait for the last save (raises the RunFolderError that ended it)."""
         if self._written is not None:
             self._written.result()
             self._written = None
 
-    def _competing(self, task: int) -> ClassRange:
-        """Columns that compete in the losses: the task's classes, with replay all classes seen."""
-        classes = self.stream.classes(task)
-        return ClassRange(0, classes.stop) if self.replay else classes
 
-    def _evaluate(self, task: int) -> None:
-        """Measure both models on all tasks seen; write results, models and state as one commit."""
-        started = time.monotonic()
-        here = Position(task, len(self.learner.phases))
-        rows, usage = evaluate(
-            self.learner, self.stream, self.data, self.parallel, task, between=lambda: self._obey(here)
-        )
-        self.record.evaluation[task:] = [{"task": task, "seconds": time.monotonic() - started}]
-        for role, row in rows.items():
-            matrix = self.record.accuracy.setdefault(role, [])
-            matrix[task:] = [row]
-            self.record.usage.setdefault(role, [])[task:] = [usage[role]]
-            _log.info("After task %d/%d the %s's accuracy is %.2f %%", task + 1, self.num_tasks, role,
-                      sum(row) / len(row))  # fmt: skip
-        following = Position(task + 1)
-        files = self.result_files(self.record) | model_files(self.learner, task) if self.folder is not None else {}
-        self._save(following, files=files)
-        self._obey(following)
-
-
-def evaluate(
-    learner: PromptLearner,
-    stream: TaskStream,
-    data: DataPipeline,
-    parallel: Parallel,
-    task: int,
-    between: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
-    """Accuracies after ``task``.
-
-    Args:
-        between: called now and then, by all processes equally often.
-
-    Returns:
-        For each role the accuracy (%) on tasks 0 … ``task``, top 1 over all classes seen; and for each role
-        the mean use of the pool's entries by the newest task's test images, by layer.
-
-    Raises:
-        NonFiniteError: a logit is infinite or not a number.
-    """
-    step = learner.evaluator()
-    seen = stream.classes(task).stop
-    rows: dict[str, list[float]] = {role: [] for role in learner.phases}
-    for past in range(task + 1):
-        totals = torch.zeros(len(rows) + 1, dtype=torch.int64, device=parallel.device)
-        for images, targets in data.test(past):
-            totals += _counts(step, images, targets, seen, [*rows, NOT_FINITE])
-            if parallel.world_size == 1:
-                between()
-        if parallel.world_size > 1:
-            between()
-        *counts, not_finite = parallel.sum(totals).tolist()
-        if not_finite:
-            raise NonFiniteError(
-                f"after task {task + 1}, logits of task {past + 1}'s test images are not finite ({not_finite} of "
-                "them): start anew with --precision fp32 or bf16, or a lower --lr"
-            )
-        for role, count in zip(rows, counts, strict=True):
-            rows[role].append(100 * count / stream.test_size(past))
-    return rows, _usage(learner, data, parallel, task, stream.test_size(task))
-
-
-@torch.inference_mode()
-def _counts(step: nn.Module, images: Tensor, targets: Tensor, seen: int, names: Iterable[str]) -> Tensor:
-    """What the step counts in a batch, by name; on several replicas it counts for each."""
-    result = step(images, targets, seen)
-    return torch.stack([result[name].sum() for name in names])
-
-
-@torch.no_grad()
-def _usage(
-    learner: PromptLearner, data: DataPipeline, parallel: Parallel, task: int, images: int
-) -> dict[str, dict[str, list[float]]]:
-    vit = learner.query_vit
-    queries = [vit(vit.embed(batch)).cls.float() for batch, _ in data.test(task)]
-    query = torch.cat(queries) if queries else torch.zeros(0, vit.embed_dim, device=parallel.device)
+def _on_cpu(models: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Copies with a storage of their own, as the bytes of a file depend on the storage."""
     return {
-        role: {
-            layer: (parallel.sum(total).cpu().double() / images).tolist()
-            for layer, total in model.prompt.usage(query).items()
-        }
-        for role, model in learner.models.items()
+        role: {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        for role, tensors in models.items()
     }
-
-
-def model_file(role: str, task: int) -> str:
-    """Where the trained parts of a model after ``task`` are, under the original's names."""
-    return f"models/task-{task + 1}/{role[0].upper()}_class.pth"
-
-
-def model_files(learner: PromptLearner, task: int) -> dict[str, bytes]:
-    """The trained parts after ``task``."""
-    return {model_file(role, task): to_bytes(copy_to_cpu(learner.state(role))) for role in learner.phases}

@@ -1,9 +1,8 @@
-"""The files of a run: written whole or not at all, and owned by one process at a time.
+"""The folder of a run: its files are written whole or not at all, and one process at a time owns it.
 
-A *commit* replaces any number of files as one: all new contents are first written beside their places and
-flushed, then ``manifest.json`` with the SHA-256 of each replaces the old manifest (the moment at which the
-commit counts), then the files move into place. A process that dies before that moment leaves the old files;
-one that dies after it leaves moves that the next opening finishes.
+The newest state is the only truth: it holds everything that a resume needs. Models and results follow from it and are
+written before the state that comes after them, so a process that is killed in between repeats work that gives the same
+bytes. Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -13,30 +12,292 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
 import socket
-import time
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
-LOCK = ".lock"
-STATES = ("state/a", "state/b")
-# What a run's folder may hold besides; a folder can hold other things, too, which are left alone.
-FILES = ("args.yaml", "classes.json", "Results", "models", "state")
-_FOLDERS = ("", "Results", "models/*", "state")
+from utils.config import Config, ConfigError
+
+ARGS, CLASSES, LOG, LOCK = "args.yaml", "classes.json", "output.log", ".lock"
+STATE, PREVIOUS_STATE = "state/newest.pth", "state/previous.pth"
+METRICS = "Results/metrics.json"
+ARGS_END = "# end of the settings\n"  # the last line, without which the file has been cut
 _UNFINISHED = ".unfinished"
-_ANEW = "--overwrite 1 moves the folder aside and starts anew"
+
+_log = logging.getLogger(__name__)
 
 
 class RunFolderError(RuntimeError):
     """A file of the run cannot be written, or is damaged; the message names it and the reason."""
 
 
-class RunFolderBusyError(RunFolderError):
-    """Another process works in the folder."""
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        root: the run's ``--log_dir``.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a run has started here, be it damaged."""
+        return (self.root / ARGS).exists()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one file (raises :class:`RunFolderError`)."""
+        write_atomic(self.root / name, data)
+
+    def read(self, name: str) -> bytes:
+        """Content of a file.
+
+        Raises:
+            RunFolderError: it is missing, or a checksum of the archive that holds its tensors is wrong.
+        """
+        path = self.root / name
+        try:
+            data = path.read_bytes()
+            if path.suffix == ".pth" and zipfile.ZipFile(io.BytesIO(data)).testzip() is not None:
+                raise zipfile.BadZipFile("a checksum in it is wrong")
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be read ({error.strerror})") from error
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            raise RunFolderError(f"{path} is damaged ({error})") from error
+        return data
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file (raises :class:`RunFolderError`)."""
+        data = self.read(name)
+        try:
+            content = json.loads(data)
+            if not isinstance(content, dict):
+                raise ValueError("it holds no object")
+        except (ValueError, RecursionError) as error:
+            raise RunFolderError(f"{self.root / name} is damaged ({error})") from error
+        return content
+
+    def settings(self) -> dict[str, Any]:
+        """The content of ``args.yaml`` (raises :class:`RunFolderError`)."""
+        import yaml
+
+        text = self.read(ARGS).decode(errors="replace")
+        try:
+            settings = yaml.safe_load(text)
+            if not isinstance(settings, dict) or not text.endswith(ARGS_END):
+                raise ValueError("it has been cut or changed")
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise RunFolderError(f"{self.root / ARGS} is damaged ({reason}): restore it from a copy") from error
+        return settings
+
+    def save_state(self, state: bytes) -> None:
+        """Make ``state`` the newest; the one before it stays, in case this one is damaged later."""
+        newest = self.root / STATE
+        write_beside(newest, state)
+        if newest.exists():
+            os.replace(newest, self.root / PREVIOUS_STATE)
+        move_into_place(newest)
+
+    def load_state(self) -> Any:
+        """The newest undamaged state; None if there never was one.
+
+        Raises:
+            RunFolderError: every state is damaged.
+        """
+        problems = []
+        for name in (STATE, PREVIOUS_STATE):
+            if not (self.root / name).exists():
+                continue
+            try:
+                state = from_bytes(self.read(name))
+            except RunFolderError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                _log.warning("%s; resuming from the state before it", problem)
+            return state
+        if problems:
+            raise RunFolderError(
+                f"there is no state to resume from: {'; '.join(problems)}. Restore it from a copy; or --overwrite 1 "
+                "moves the folder aside and starts over"
+            )
+        return None
+
+
+@contextlib.contextmanager
+def open_run(config: Config) -> Iterator[RunFolder]:
+    """The run folder ``--log_dir``, locked; an old run in it is moved aside first if ``--overwrite 1`` says so.
+
+    Whatever was not there before is gone again if the run does not start.
+
+    Raises:
+        ConfigError: the folder cannot be written, is in use, is damaged, or holds something else than a run with
+            these settings. Nothing in it has changed.
+    """
+    folder = RunFolder(config.log_dir)
+    missing = [path for path in (folder.root, *folder.root.parents) if not path.exists()]
+    had_log = (folder.root / LOG).exists()
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                _refuse_foreign(folder)
+                folder.root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(folder.root))
+                if config.overwrite and folder.has_run:
+                    stack.enter_context(_moved_aside(folder.root))
+                check_settings(config)
+                for path in folder.root.rglob(f".*{_UNFINISHED}"):  # of a process that was killed
+                    path.unlink()
+            except RunFolderError as error:
+                raise ConfigError([str(error)]) from error
+            except OSError as error:
+                raise ConfigError([f"--log_dir {folder.root} cannot be used ({error.strerror})"]) from error
+            yield folder
+    finally:
+        if not folder.has_run:
+            with contextlib.suppress(OSError):
+                if not had_log:
+                    (folder.root / LOG).unlink(missing_ok=True)
+                for path in missing:
+                    path.rmdir()
+
+
+def _refuse_foreign(folder: RunFolder) -> None:
+    found = [name for name in ("Results", "models", "state") if (folder.root / name).exists()]
+    if found and not folder.has_run:
+        raise RunFolderError(
+            f"{folder.root} holds {', '.join(found)}, but no {ARGS}: it is no run of this project, or has lost that "
+            "file; choose another log_dir, or move what is there away"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- settings
+
+
+def check_settings(config: Config, *, resume: bool = True) -> None:
+    """Compare the settings of the run in ``config.log_dir``, if there is one, with ``config``.
+
+    Args:
+        resume: the run is resumed, which may learn more tasks than it was started for; False where its models are
+            used, which takes exactly its settings.
+
+    Raises:
+        ConfigError: naming the settings that differ.
+        RunFolderError: ``args.yaml`` or ``classes.json`` is damaged.
+    """
+    folder = RunFolder(config.log_dir)
+    changed = differing_settings(config)
+    if not changed or (resume and _only_more_tasks(changed)):
+        return
+    way_out = (
+        "choose another log_dir, give the old settings, or start over with --overwrite 1, which moves the old folder "
+        "aside"
+        if resume
+        else f"leave the flags that change them, or --config, out; its {ARGS} has all settings"
+    )
+    changes = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
+    raise ConfigError([f"--log_dir {folder.root} holds a run with other settings ({changes}): {way_out}"])
+
+
+def differing_settings(config: Config) -> dict[str, tuple[object, object]]:
+    """Settings that affect results and differ: key -> (value of the run in the folder, value in ``config``).
+
+    Weights that have only moved do not differ.
+    """
+    folder = RunFolder(config.log_dir)
+    if not folder.has_run:
+        return {}
+    before, now = folder.settings(), config.result_settings()
+    weights = folder.read_json(CLASSES).get("backbone_sha256", {})
+    files = {"t_weights": ("teacher", config.teacher_weights), "s_weights": ("student", config.student_weights)}
+    moved = {
+        key
+        for key, (role, path) in files.items()
+        if path is not None and before.get(key) != now[key] and sha256_of(path) == weights.get(role)
+    }
+    return {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key] and key not in moved}
+
+
+def _only_more_tasks(changed: dict[str, tuple[object, object]]) -> bool:
+    """Whether ``max_task`` alone differs and is larger: it says when to stop and changes nothing else."""
+    if list(changed) != ["max_task"]:
+        return False
+    before, now = changed["max_task"]
+    return before != -1 and (now == -1 or now > before)
+
+
+def is_finished(config: Config) -> bool:
+    """Whether ``config.log_dir`` holds everything that ``config`` asks for (raises :class:`RunFolderError`)."""
+    folder = RunFolder(config.log_dir)
+    if not folder.has_run or not (folder.root / METRICS).exists() or differing_settings(config):
+        return False
+    return folder.read_json(METRICS).get("complete") is True
+
+
+# ------------------------------------------------------------------------------------------------ ownership
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Hold a run's folder; the system releases it when the process dies, however that happens.
+
+    The lock is a record lock, which belongs to the process: workers forked from it do not keep it alive. The file
+    names process and host for the message that others get.
+
+    Raises:
+        RunFolderError: another process holds it, or it cannot be made.
+    """
+    path = root.resolve() / LOCK
+    while True:
+        with open(path, "r+", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT, 0o666)) as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise RunFolderError(
+                    f"--log_dir {root} is in use by {file.read() or 'another process'}: wait for it, stop it, or "
+                    "choose another log_dir"
+                ) from error
+            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
+                continue  # its holder removed it in between
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                        path.unlink()
+            return
+
+
+@contextlib.contextmanager
+def _moved_aside(root: Path) -> Iterator[None]:
+    """Move the folder to a free name beside it (``<name>.old-1``, …), and hold an empty one in its place."""
+    root, number = root.resolve(), 1
+    while (target := root.with_name(f"{root.name}.old-{number}")).exists():
+        number += 1
+    if Path.cwd().is_relative_to(root):
+        raise RunFolderError(f"cannot move {root}, because it is the current folder: start from another one")
+    try:
+        os.rename(root, target)
+        (target / LOCK).unlink(missing_ok=True)
+        root.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"cannot move {root} to {target}: {error.strerror}") from error
+    with _locked(root):
+        _log.info("%s moved aside to %s", root, target)
+        yield
+
+
+# --------------------------------------------------------------------------------------------------- writing
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -45,342 +306,12 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         RunFolderError: the disk is full, the folder read-only, …; whatever was there before is untouched.
     """
-    _write_beside(path, data)
-    _move(path)
-    _flush_folder(path.parent)
+    write_beside(path, data)
+    move_into_place(path)
 
 
-class RunFolder:
-    """The files of one run, with a manifest of their SHA-256.
-
-    Args:
-        root: the run's ``--log_dir``.
-
-    Attributes:
-        files: path below ``root`` -> SHA-256.
-        states: the states among them, the newest first -> files that one needs besides itself.
-        complete: nothing is left to do.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = Path(root)
-        self.files: dict[str, str] = {}
-        self.states: dict[str, list[str]] = {}
-        self.complete = False
-
-    def has_manifest(self) -> bool:
-        """Whether there is a run in the folder, be it damaged."""
-        return (self.root / MANIFEST).exists()
-
-    def open(self, *, read_only: bool = False) -> None:
-        """Read the manifest and, unless ``read_only``, tidy up after a process that was killed.
-
-        Raises:
-            RunFolderError: the manifest is damaged or gone.
-        """
-        if self.has_manifest():
-            self.files, self.states, self.complete = _read_manifest(self.root / MANIFEST)
-        else:
-            found = [name for name in FILES if (self.root / name).exists()]
-            if found:
-                raise RunFolderError(
-                    f"{self.root} holds {', '.join(found)}, but no {MANIFEST}: it is no run of this project, or has "
-                    "lost that file; choose another log_dir, or move what is there away"
-                )
-        if not read_only:
-            self._finish_moves()
-            self._remove_leftovers()
-
-    def commit(
-        self, files: Mapping[str, bytes], *, complete: bool = False, states: Mapping[str, list[str]] | None = None
-    ) -> None:
-        """Replace files as one; see the head of this module.
-
-        Args:
-            files: content by path below the folder.
-            complete: nothing is left to do; of the states only the newest stays.
-            states: those among ``files``, with what they need.
-
-        Raises:
-            RunFolderError: something cannot be written; the old files stand.
-        """
-        digests = self.files | {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        states = {**(states or {}), **{name: needs for name, needs in self.states.items() if name not in files}}
-        if complete:
-            states = dict(list(states.items())[:1])
-            digests = {name: digest for name, digest in digests.items() if name in states or name not in STATES}
-        try:
-            for name, data in files.items():
-                _write_beside(self.root / name, data)
-            for folder in {(self.root / name).parent for name in files}:
-                _flush_folder(folder)
-            write_atomic(self.root / MANIFEST, _manifest(digests, states, complete))
-        except BaseException:
-            for name in files:
-                with contextlib.suppress(OSError):
-                    _beside(self.root / name).unlink(missing_ok=True)
-            raise
-        self.files, self.states, self.complete = digests, states, complete
-        self._finish_moves(files)
-        if complete:
-            self._remove_leftovers()
-
-    def commit_state(self, data: bytes, needs: Iterable[str] = (), files: Mapping[str, bytes] | None = None) -> None:
-        """Commit a state in the place of the older of the two, and other ``files`` with it.
-
-        Args:
-            needs: other files of the run without which the state is of no use.
-        """
-        older = STATES[1] if next(iter(self.states), None) == STATES[0] else STATES[0]
-        self.commit({older: data, **(files or {})}, states={older: list(needs)})
-
-    def read(self, name: str) -> bytes:
-        """Content of a file of the manifest.
-
-        Raises:
-            RunFolderError: it is missing or differs from what was written.
-        """
-        path = self.root / name
-        if name not in self.files:
-            raise RunFolderError(f"{path} is not among the files of this run (see {MANIFEST})")
-        reason = "its SHA-256 is not the one in " + MANIFEST
-        for place in (path, _beside(path)):  # a commit that was interrupted leaves it beside its place
-            try:
-                data = place.read_bytes()
-            except OSError as error:
-                reason = str(error.strerror) if place == path else reason
-                continue
-            if hashlib.sha256(data).hexdigest() == self.files[name]:
-                return data
-        raise RunFolderError(f"{path} is damaged or missing ({reason})")
-
-    def newest_state(self) -> tuple[bytes | None, list[str]]:
-        """The newest state that is undamaged, as is all that it needs.
-
-        Returns:
-            the state, None when none was ever written; and what is wrong with newer ones.
-
-        Raises:
-            RunFolderError: every state is damaged.
-        """
-        problems: list[str] = []
-        for name, needs in self.states.items():
-            try:
-                for other in needs:
-                    self.read(other)
-                return self.read(name), problems
-            except RunFolderError as error:
-                problems.append(str(error))
-        if problems:
-            raise RunFolderError(
-                f"there is no state to go on from: {'; '.join(problems)}. Restore it from a copy; or {_ANEW}"
-            )
-        return None, []
-
-    def damaged(self) -> list[str]:
-        """What is wrong with the files, one sentence each."""
-        problems = []
-        for name in self.files:
-            try:
-                self.read(name)
-            except RunFolderError as error:
-                problems.append(str(error))
-        return problems
-
-    def _finish_moves(self, names: Iterable[str] | None = None) -> None:
-        """Move what a commit has written into place: ``names``, or whatever an interrupted one has left.
-
-        A power cut may undo this, which is no harm: it is then done again.
-        """
-        for name in self.files if names is None else names:
-            path = self.root / name
-            if names is not None or (_beside(path).exists() and sha256_of(_beside(path)) == self.files[name]):
-                _move(path)
-
-    def _remove_leftovers(self) -> None:
-        """Remove unfinished files and states that no longer count; nothing depends on it."""
-        with contextlib.suppress(OSError):
-            for folder in _FOLDERS:
-                for path in self.root.glob(f"{folder}/.*{_UNFINISHED}".lstrip("/")):
-                    path.unlink()
-            for name in STATES:
-                if name not in self.files:
-                    (self.root / name).unlink(missing_ok=True)
-
-
-def _manifest(files: Mapping[str, str], states: Mapping[str, list[str]], complete: bool) -> bytes:
-    pairs = [list(pair) for pair in states.items()]
-    content = {"files": dict(sorted(files.items())), "states": pairs, "complete": complete}
-    return (json.dumps(content | {"sha256": _own_digest(content)}, indent=1) + "\n").encode()
-
-
-def _read_manifest(path: Path) -> tuple[dict[str, str], dict[str, list[str]], bool]:
-    try:
-        content = json.loads(path.read_bytes())
-        digest = content.pop("sha256")
-        if digest != _own_digest(content):
-            raise ValueError("its own SHA-256 differs")
-        return content["files"], dict(content["states"]), content["complete"]
-    except OSError as error:
-        raise RunFolderError(f"{path} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunFolderError(f"{path} is damaged ({error}): restore it from a copy; or {_ANEW}") from error
-
-
-def _own_digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------ ownership
-
-
-class RunLock:
-    """Holds a run's folder for this process.
-
-    The system releases the lock when the process dies, however that happens; the file names process and host
-    for the message that others get. Where the file system knows no locks, the file alone decides.
-
-    Args:
-        root: the run's folder, which exists.
-
-    Raises:
-        RunFolderBusyError: another live process holds it.
-        RunFolderError: the lock file cannot be made.
-    """
-
-    _held: set[str] = set()  # the system's locks do not keep a process from locking twice
-
-    def __init__(self, root: Path) -> None:
-        self._path = Path(root).resolve() / LOCK
-        self._file = self._take()
-
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Give the folder free; a second call does nothing."""
-        if not self._file.closed:
-            self._held.discard(str(self._path))
-            with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
-            self._file.close()
-
-    def move_folder_aside(self) -> Path:
-        """Move the folder to a free name beside it (``<name>.old-1``, …), and hold an empty one in its place.
-
-        Raises:
-            RunFolderError: the folder cannot be moved.
-            RunFolderBusyError: another process was faster in making the new folder its own.
-        """
-        root, number = self._path.parent, 1
-        while (target := root.with_name(f"{root.name}.old-{number}")).exists():
-            number += 1
-        if Path.cwd().is_relative_to(root):
-            raise RunFolderError(f"cannot move {root}, because it is the current folder: start from another one")
-        try:
-            os.rename(root, target)
-            (target / LOCK).unlink(missing_ok=True)
-            root.mkdir(exist_ok=True)
-        except OSError as error:
-            raise RunFolderError(f"cannot move {root} to {target}: {error.strerror}") from error
-        self._held.discard(str(self._path))
-        with self._file:  # the old folder stays locked until the new one is
-            self._file = self._take()
-        return target
-
-    def _take(self) -> io.FileIO:
-        if str(self._path) in self._held:
-            raise RunFolderBusyError(_busy(self._path, {"pid": os.getpid(), "host": socket.gethostname()}))
-        try:
-            file = _locked_file(self._path)
-        except OSError as error:
-            raise RunFolderError(f"cannot write {self._path}: {error.strerror}") from error
-        self._held.add(str(self._path))
-        return file
-
-
-def _locked_file(path: Path) -> io.FileIO:
-    """The lock file, locked and with this process's name in it."""
-    while True:
-        file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
-        try:
-            # A record lock belongs to the process: data-loader workers forked from it do not keep it alive.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.close()
-            raise RunFolderBusyError(_busy(path, _owner(path))) from error
-        except OSError:  # a file system without locks
-            return _claim(path, file)
-        if _is_at(path, file):
-            _sign(file)
-            return file
-        file.close()  # its holder removed it in between
-
-
-def _is_at(path: Path, file: io.FileIO) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
-
-
-def _claim(path: Path, file: io.FileIO) -> io.FileIO:
-    """Own the folder by the lock file's content: of several claims the last one stands."""
-    owner = _owner(path)
-    if owner and _may_live(owner):
-        file.close()
-        raise RunFolderBusyError(f"{_busy(path, owner)} (if that process is dead, remove {path})")
-    mine = _sign(file)
-    time.sleep(0.5)  # others that also found no owner have signed by now
-    if _owner(path) != mine:
-        file.close()
-        raise RunFolderBusyError(_busy(path, _owner(path)))
-    return file
-
-
-def _sign(file: io.FileIO) -> dict[str, Any]:
-    owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    os.ftruncate(file.fileno(), 0)
-    os.pwrite(file.fileno(), json.dumps(owner).encode(), 0)
-    return owner
-
-
-def _owner(path: Path) -> dict[str, Any]:
-    try:
-        owner = json.loads(path.read_bytes())
-        return owner if isinstance(owner, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-def _may_live(owner: Mapping[str, Any]) -> bool:
-    if owner.get("host") != socket.gethostname():
-        return True
-    try:
-        os.kill(int(owner["pid"]), 0)
-    except (ProcessLookupError, KeyError, ValueError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _busy(path: Path, owner: Mapping[str, Any]) -> str:
-    who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
-    return f"--log_dir {path.parent} is in use by {who}: wait for it, stop it, or choose another log_dir"
-
-
-# --------------------------------------------------------------------------------------------------- writing
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_UNFINISHED}")
-
-
-def _write_beside(path: Path, data: bytes) -> None:
+def write_beside(path: Path, data: bytes) -> None:
+    """The first half of :func:`write_atomic`."""
     temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -391,39 +322,31 @@ def _write_beside(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
+        raise RunFolderError(f"cannot write {path}: {error.strerror}; what was there before is intact") from error
 
 
-def _move(path: Path) -> None:
+def move_into_place(path: Path) -> None:
+    """The second half of :func:`write_atomic`; makes the new name as durable as the content."""
     try:
         os.replace(_beside(path), path)
+        descriptor = os.open(path.parent, os.O_RDONLY)
     except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make names in a folder as durable as the contents of its files."""
+        raise RunFolderError(f"cannot write {path}: {error.strerror}; what was there before is intact") from error
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-    try:
-        with contextlib.suppress(OSError):  # some network file systems refuse, and need it not
+        with contextlib.suppress(OSError):  # some network file systems refuse, and do not need it
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _cannot_write(path: Path, error: OSError) -> RunFolderError:
-    return RunFolderError(f"cannot write {path}: {error.strerror}; what was there before is intact")
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_UNFINISHED}")
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-# -------------------------------------------------------------------------------------------------- tensors
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def to_bytes(state: Any) -> bytes:
@@ -436,7 +359,7 @@ def to_bytes(state: Any) -> bytes:
 
 
 def from_bytes(data: bytes) -> Any:
-    """What :func:`to_bytes` wrote, on the CPU; never runs code (``weights_only``).
+    """Load the result of :func:`to_bytes` to the CPU without running code from it (``weights_only``).
 
     Raises:
         RunFolderError: it is something else.

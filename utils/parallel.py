@@ -1,7 +1,7 @@
 """Where steps run: one device, several GPUs of one process, or several processes.
 
-The trainer has one object of this kind and no branch of its own. The batch size is always global, losses are
-means over all rows of the global batch, counts are sums.
+The trainer has one object of this kind and no branch of its own. The batch size is always global, losses are means
+over all rows of the global batch, counts are sums.
 """
 
 from __future__ import annotations
@@ -10,66 +10,37 @@ import contextlib
 import datetime
 import inspect
 import os
-import socket
-import struct
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-# A process that does not answer for this long is given up by the others. A process that dies is noticed at once,
-# unless its whole machine or network goes without a word. Reading a batch, saving and evaluating take less.
+from utils.checkpoint import RunFolderError
+from utils.config import ConfigError
+
+# Processes give up one that does not answer for this long. They notice at once when one dies, unless its whole machine
+# or network fails silently. Reading a batch, saving and evaluating take less.
 TIMEOUT_S = 300.0
 
-_NOT_MET = (
-    "the processes of this run have not found each other: they must all be started, and reach each other over the "
-    "network interface GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME on GPUs)"
-)
-_SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
-
-# What keeps DDP from sending buffers before each step has a new name in newer versions of torch.
+# The option that keeps DDP from sending buffers before each step has a new name in newer versions of torch.
 _OPTIONS = inspect.signature(DistributedDataParallel).parameters
 _NO_BUFFERS = {"forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers": False}
 
+T = TypeVar("T")
 
-class Parallel(Protocol):
-    """What the trainer and the learner need to know of the devices.
+
+class Parallel:
+    """One CPU or GPU, and the interface of the other two.
+
+    Args:
+        device: where batches go and parameters live.
 
     Attributes:
-        device: where batches go and parameters live.
         rank: index of this process.
         world_size: number of processes, each of which loads its rows of every global batch.
     """
-
-    device: torch.device
-    rank: int
-    world_size: int
-
-    def wrap(self, step: nn.Module) -> nn.Module:
-        """Return the step as it is to be called, on this process's rows."""
-
-    def wrap_evaluation(self, step: nn.Module) -> nn.Module:
-        """The same for a step without gradients."""
-
-    def synchronize(self, step: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
-        """Around forward and backward of one part of an accumulated batch; gradients meet in the last."""
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over all processes."""
-
-    def broadcast(self, value: Any) -> Any:
-        """The first process's value, on all processes."""
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's value, on all processes, by rank."""
-
-
-class SingleDevice:
-    """One CPU or GPU."""
 
     rank = 0
     world_size = 1
@@ -77,26 +48,58 @@ class SingleDevice:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
     def wrap(self, step: nn.Module) -> nn.Module:
+        """Return the step as it is to be called, on this process's rows."""
         return step
 
     def wrap_evaluation(self, step: nn.Module) -> nn.Module:
+        """The same for a step without gradients."""
         return self.wrap(step)
 
     def synchronize(self, step: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
+        """Around forward and backward of one part of an accumulated batch; gradients meet in the last."""
         return contextlib.nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:
+        """Sum over all processes."""
         return values
 
     def broadcast(self, value: Any) -> Any:
+        """The first process's value, on all processes."""
         return value
 
     def gather(self, value: Any) -> list[Any]:
+        """Every process's value, on all processes, by rank."""
         return [value]
 
+    def all_or_none(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on all processes; if it cannot start on one, it fails on all.
 
-class SeveralGPUs(SingleDevice):
+        Raises:
+            ConfigError: with the problems of all processes on the first one, and without any on the others.
+        """
+        problems, result = [], None
+        try:
+            result = action()
+        except ConfigError as error:
+            problems = error.problems
+        except RunFolderError as error:
+            problems = [str(error)]
+        everyones = self.gather(problems)
+        if any(everyones):
+            own = everyones[0]
+            others = [f"process {rank}: {each}" for rank, theirs in enumerate(everyones) for each in theirs]
+            others = [each for each in others if each.partition(": ")[2] not in own]
+            raise ConfigError([*own, *others] if self.is_main else [])
+        return result
+
+
+class SeveralGPUs(Parallel):
     """``torch.nn.DataParallel`` over the GPUs of one process, as the original's ``--gpuid 0 1``."""
 
     def __init__(self, gpuids: Sequence[int]) -> None:
@@ -107,10 +110,10 @@ class SeveralGPUs(SingleDevice):
         return DataParallel(step, device_ids=self.gpuids)
 
 
-class Distributed:
+class Distributed(Parallel):
     """One process of a ``torchrun`` group: DistributedDataParallel, nccl on GPUs and gloo on CPUs.
 
-    The group is joined by the first object and left by :func:`leave_group`, since a process can join only once.
+    The first object joins the group, since a process can join only once; :func:`leave_group` leaves it.
 
     Args:
         device: this process's device.
@@ -118,22 +121,19 @@ class Distributed:
     """
 
     def __init__(self, device: torch.device, timeout_s: float) -> None:
-        self.device = device
+        super().__init__(device)
         if not torch.distributed.is_initialized():
             on_gpu = device.type == "cuda"
-            if not on_gpu and (interface := interface_towards(os.environ.get("MASTER_ADDR", ""))):
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-            with _end_after(timeout_s + 5, _NOT_MET):
-                torch.distributed.init_process_group(
-                    "nccl" if on_gpu else "gloo",
-                    timeout=datetime.timedelta(seconds=timeout_s),
-                    device_id=device if on_gpu else None,
-                )
+            torch.distributed.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                timeout=datetime.timedelta(seconds=timeout_s),
+                device_id=device if on_gpu else None,
+            )
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
 
     def wrap(self, step: nn.Module) -> nn.Module:
-        """A new reducer for what is trained now; nothing else is sent, neither now nor later.
+        """A new reducer for the parameters that are trained now; nothing else is sent, neither now nor later.
 
         Frozen weights are equal by their checksums, and a trained parameter starts as on rank 0.
         """
@@ -147,7 +147,7 @@ class Distributed:
         return DistributedDataParallel(step, device_ids=ids, init_sync=False, **_NO_BUFFERS)
 
     def wrap_evaluation(self, step: nn.Module) -> nn.Module:
-        return step  # counts are summed by the caller
+        return step  # the caller sums the counts
 
     def synchronize(self, step: nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last else step.no_sync()
@@ -168,56 +168,20 @@ class Distributed:
         return values
 
 
-@contextlib.contextmanager
-def _end_after(seconds: float, problem: str) -> Iterator[None]:
-    """End the process if the block takes longer: gloo waits five times its timeout for others to connect."""
-
-    def end() -> None:
-        os.write(2, f"ERROR: Process {os.environ['RANK']}: {problem}\n".encode())
-        os._exit(1)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def interface_towards(host: str) -> str | None:
-    """The network interface through which this machine reaches ``host``; None for itself, or if it cannot be told.
-
-    Left to itself gloo takes the address of this machine's own name, which on many machines is 127.0.0.1.
-    """
-    if sys.platform != "linux":
-        return None
-    import fcntl
-
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing
-            address = probe.getsockname()[0]
-            for _, name in socket.if_nameindex():
-                request = struct.pack("256s", name.encode())
-                with contextlib.suppress(OSError):  # an interface without an address
-                    own = fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24]
-                    if socket.inet_ntoa(own) == address and not address.startswith("127."):
-                        return name
-    except OSError:
-        pass
-    return None
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of a group, which writes files."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def leave_group() -> None:
-    """Leave the group of processes, if there is one; only where no other process is waited for."""
+    """Leave the group of processes, if there is one; only where no other process waits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def lost_process(error: RuntimeError) -> bool:
     """Whether an error in a group says that another process is gone or does not answer."""
-    # What gloo raises has no type of its own.
+    # gloo's errors have no type of their own.
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
@@ -249,9 +213,9 @@ def build_parallel(
     in_group = "RANK" in os.environ and not alone
     chosen = choose_device(device, gpuids, int(os.environ.get("LOCAL_RANK", "0")) if in_group else 0)
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)  # else what names no GPU, as the thread that pins batches, occupies GPU 0
+        torch.cuda.set_device(chosen)  # else code that names no GPU, such as the pinning thread, occupies GPU 0
     if in_group:
         return Distributed(chosen, timeout_s)
     if chosen.type == "cuda" and gpuids and len(gpuids) > 1:
         return SeveralGPUs(gpuids)
-    return SingleDevice(chosen)
+    return Parallel(chosen)

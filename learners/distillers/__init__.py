@@ -13,23 +13,23 @@ from models.sizes import ViTSize
 from utils.registry import Entry, Registry
 
 
-class Setting(NamedTuple):
-    """What a KD method's requirements are checked against; a size is None while it is unknown."""
+class ModelPair(NamedTuple):
+    """The two models and ``--kd_prompt_param``, which a KD method may demand something of; unknown sizes are None."""
 
     teacher: ViTSize | None
     student: ViTSize | None
     kd_prompt_param: tuple[int, int]
 
 
-Requirement = Callable[[Setting], "str | None"]
-"""Says what in a setting is not as the method needs it, or returns None."""
+Requirement = Callable[[ModelPair], "str | None"]
+"""Returns a sentence about the part of a pair that the method cannot work with, or None."""
 
 
-def equal_token_counts(setting: Setting) -> str | None:
+def equal_token_counts(pair: ModelPair) -> str | None:
     """The features of teacher and student are compared token by token."""
-    if setting.teacher is None or setting.student is None:
+    if pair.teacher is None or pair.student is None:
         return None
-    teacher, student = setting.teacher.num_tokens, setting.student.num_tokens
+    teacher, student = pair.teacher.num_tokens, pair.student.num_tokens
     if teacher == student:
         return None
     return (
@@ -38,11 +38,11 @@ def equal_token_counts(setting: Setting) -> str | None:
     )
 
 
-def teacher_at_least_as_deep(setting: Setting) -> str | None:
+def teacher_at_least_as_deep(pair: ModelPair) -> str | None:
     """Every block of the student is paired with one of the teacher's last blocks."""
-    if setting.teacher is None or setting.student is None:
+    if pair.teacher is None or pair.student is None:
         return None
-    teacher, student = setting.teacher.depth, setting.student.depth
+    teacher, student = pair.teacher.depth, pair.student.depth
     if teacher >= student:
         return None
     return (
@@ -51,12 +51,12 @@ def teacher_at_least_as_deep(setting: Setting) -> str | None:
     )
 
 
-def kd_prompt_fits(setting: Setting) -> str | None:
+def kd_prompt_fits(pair: ModelPair) -> str | None:
     """KD prompts sit on blocks of the student; one half of each is keys, the other values."""
-    layers, length = setting.kd_prompt_param
-    if setting.student is not None and layers > setting.student.depth:
+    layers, length = pair.kd_prompt_param
+    if pair.student is not None and layers > pair.student.depth:
         return (
-            f"--kd_prompt_param: the first value (layers) must be 1 to {setting.student.depth}, the number of"
+            f"--kd_prompt_param: the first value (layers) must be 1 to {pair.student.depth}, the number of"
             f" blocks of --s_model, not {layers}"
         )
     if length < 2 or length % 2:
@@ -79,26 +79,35 @@ class DistillerEntry(Entry):
     requires: tuple[Requirement, ...] = ()
     needs_teacher: bool = True
 
-    def problems(self, setting: Setting) -> list[str]:
-        """One sentence for each requirement that ``setting`` does not meet."""
-        return [problem for require in self.requires if (problem := require(setting)) is not None]
+    def problems(self, pair: ModelPair) -> list[str]:
+        """One sentence for each requirement that ``pair`` does not meet."""
+        return [problem for require in self.requires if (problem := require(pair)) is not None]
 
 
-DISTILLERS: Registry[DistillerEntry] = Registry("KD method", {
-    "KD_Token": DistillerEntry(
-        "learners.distillers.kd_token:KDToken", "KDP: KD token and KD prompts in the student, own head",
-        requires=(kd_prompt_fits,)),
-    "KD": DistillerEntry(
-        "learners.distillers.kd:KD", "softened logits of the teacher (Hinton et al. 2015)"),
-    "DKD": DistillerEntry(
-        "learners.distillers.dkd:DKD", "decoupled target and non-target logits (Zhao et al. 2022)"),
-    "FitNets": DistillerEntry(
-        "learners.distillers.fitnets:FitNets", "KD and features of the last block (Romero et al. 2015)",
-        requires=(equal_token_counts,)),
-    "ReviewKD": DistillerEntry(
-        "learners.distillers.reviewkd:ReviewKD", "KD and fused features of all blocks (Chen et al. 2021)",
-        requires=(equal_token_counts, teacher_at_least_as_deep)),
-    "none": DistillerEntry(
-        "learners.distillers.none:NoDistillation", "the student alone, without a teacher",
-        needs_teacher=False),
-})  # fmt: skip
+DISTILLERS: Registry[DistillerEntry] = Registry(
+    "KD method",
+    {
+        "KD_Token": DistillerEntry(
+            "learners.distillers.kd_token:KDToken",
+            "KDP: KD token and KD prompts in the student, own head",
+            requires=(kd_prompt_fits,),
+        ),
+        "KD": DistillerEntry("learners.distillers.kd:KD", "softened logits of the teacher (Hinton et al. 2015)"),
+        "DKD": DistillerEntry(
+            "learners.distillers.dkd:DKD", "decoupled target and non-target logits (Zhao et al. 2022)"
+        ),
+        "FitNets": DistillerEntry(
+            "learners.distillers.fitnets:FitNets",
+            "KD and features of the last block (Romero et al. 2015)",
+            requires=(equal_token_counts,),
+        ),
+        "ReviewKD": DistillerEntry(
+            "learners.distillers.reviewkd:ReviewKD",
+            "KD and fused features of all blocks (Chen et al. 2021)",
+            requires=(equal_token_counts, teacher_at_least_as_deep),
+        ),
+        "none": DistillerEntry(
+            "learners.distillers.none:NoDistillation", "the student alone, without a teacher", needs_teacher=False
+        ),
+    },
+)

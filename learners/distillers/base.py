@@ -1,4 +1,4 @@
-"""What every KD method is: an objective for the student, with trainable parts of its own if it needs any."""
+"""The base of all KD methods: an objective for the student, with trainable parts of its own if it needs any."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dataloaders.tasks import ClassRange
 from models.prompted_model import ModelOutput, StudentInputs
+from utils.config import DistillConfig
 
 
 class DistillDims(NamedTuple):
@@ -20,15 +21,6 @@ class DistillDims(NamedTuple):
     student_depth: int
     teacher_depth: int
     num_classes: int
-
-
-class DistillSettings(NamedTuple):
-    """Numbers of the command line: ``--kd_alpha``, ``--Soft_T`` and ``--kd_prompt_param``."""
-
-    alpha: float = 0.5
-    temperature: float = 2.0
-    prompt_layers: int = 12
-    prompt_length: int = 6
 
 
 class Distiller(nn.Module):
@@ -42,17 +34,17 @@ class Distiller(nn.Module):
         needs_teacher: whether there is a teacher at all.
 
     Args:
-        settings: numbers of the command line.
+        config: the method's parameters.
         dims: sizes of both models.
     """
 
     needs_blocks: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
 
-    def __init__(self, settings: DistillSettings, dims: DistillDims) -> None:
+    def __init__(self, config: DistillConfig, dims: DistillDims) -> None:
         super().__init__()
-        self.alpha = settings.alpha
-        self.temperature = settings.temperature
+        self.alpha = config.alpha
+        self.temperature = config.temperature
 
     def student_inputs(self) -> StudentInputs:
         """Prompts and tokens to inject into the student."""
@@ -103,7 +95,7 @@ class Distiller(nn.Module):
 def task_cross_entropy(
     logits: Tensor, targets: Tensor, classes: ClassRange, class_weights: Tensor | None = None
 ) -> Tensor:
-    """Cross entropy in which only ``classes`` compete; past classes count as -inf (SPEC section 4).
+    """Cross entropy in which only ``classes`` compete; past classes count as -inf.
 
     Args:
         logits: [B, C].

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learners.distillers.base import DistillDims, Distiller, DistillSettings, full_precision
+from learners.distillers.base import DistillDims, Distiller, full_precision
 from models.prompted_model import ModelOutput
+from utils.config import DistillConfig
 
 FEATURE_WEIGHT = 0.1
 
@@ -27,8 +28,8 @@ class FitNets(Distiller):
 
     needs_blocks = True
 
-    def __init__(self, settings: DistillSettings, dims: DistillDims) -> None:
-        super().__init__(settings, dims)
+    def __init__(self, config: DistillConfig, dims: DistillDims) -> None:
+        super().__init__(config, dims)
         self.project_t_s = Projector(dims.student_dim, dims.teacher_dim)
 
     def feature(self, student: ModelOutput, teacher: ModelOutput | None) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dataloaders.tasks import ClassRange
-from learners.distillers.base import DistillDims, Distiller, DistillSettings, kd_loss
+from learners.distillers.base import DistillDims, Distiller, kd_loss
 from models.prompted_model import ModelOutput, StudentInputs
 from models.prompts.base import uniform_parameter
 from models.vit import KV, split_prompt
+from utils.config import DistillConfig
 
 
 class KDPrompt(nn.Module):
@@ -38,14 +39,10 @@ class KDPrompt(nn.Module):
 class KDToken(Distiller):
     """KD through a token, prompts and a head of its own; the prediction mixes both heads by alpha."""
 
-    def __init__(self, settings: DistillSettings, dims: DistillDims) -> None:
-        super().__init__(settings, dims)
-        if not 1 <= settings.prompt_layers <= dims.student_depth:
-            raise ValueError(
-                f"KD prompts on {settings.prompt_layers} blocks do not fit a student of {dims.student_depth} blocks"
-            )
+    def __init__(self, config: DistillConfig, dims: DistillDims) -> None:
+        super().__init__(config, dims)
         self.depth = dims.student_depth
-        self.kd_prompt = KDPrompt(settings.prompt_layers, settings.prompt_length, dims.student_dim)
+        self.kd_prompt = KDPrompt(*config.prompt_param, dims.student_dim)
         self.kd_last = nn.Linear(dims.student_dim, dims.num_classes)
 
     def student_inputs(self) -> StudentInputs:

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learners.distillers.base import DistillDims, Distiller, DistillSettings, full_precision
+from learners.distillers.base import DistillDims, Distiller, full_precision
 from models.prompted_model import ModelOutput
+from utils.config import DistillConfig
 
 FEATURE_WEIGHT = 0.2
 
@@ -67,13 +68,8 @@ class ReviewKD(Distiller):
 
     needs_blocks = True
 
-    def __init__(self, settings: DistillSettings, dims: DistillDims) -> None:
-        super().__init__(settings, dims)
-        if dims.teacher_depth < dims.student_depth:
-            raise ValueError(
-                f"ReviewKD compares {dims.student_depth} student blocks with as many of the teacher, "
-                f"which has {dims.teacher_depth}"
-            )
+    def __init__(self, config: DistillConfig, dims: DistillDims) -> None:
+        super().__init__(config, dims)
         self.ReviewKD_layers = FusionChain(dims.student_dim, dims.teacher_dim, dims.student_depth)
 
     def feature(self, student: ModelOutput, teacher: ModelOutput | None) -> Tensor:

@@ -1,110 +1,103 @@
-"""The two phases of continual distillation, teacher then student, and their evaluation (SPEC sections 1 to 5)."""
+"""Teacher, student and KD method of a run, and the training of one of the two models on one task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dataloaders.tasks import ClassRange
 from learners.distillers.base import Distiller
-from learners.optim import OptimSettings, build_optimizer, learning_rate, set_learning_rate
-from learners.steps import LOSS, EvalStep, Step, StudentStep, TeacherStep
+from learners.optim import build_optimizer, learning_rate, set_learning_rate
+from learners.steps import EvalStep, Step, StepResult, StudentStep, TeacherStep
 from models.prompted_model import PromptedModel
 from models.vit import PromptedViT
-from utils.parallel import Parallel, SingleDevice
+from utils.config import Config, OptimConfig
+from utils.parallel import Parallel
 from utils.seed import generator
 
-GRADIENT = "gradient"
+Compiler = Callable[[nn.Module], nn.Module]
 
 
-class PromptLearner:
-    """Teacher, student and KD method of one run.
+class TeacherStudentLearner:
+    """Continual distillation of a teacher into a student, one task after the other (arXiv 2407.13911).
 
-    It knows phases and steps, but neither data sets nor files; what is a teacher's or a student's prompt pool
-    or a KD method is the business of the objects it is given.
+    It knows roles and steps, but neither data sets nor files, and no prompt pool or KD method by name.
 
     Args:
+        config: settings of the run; its optimizer and schedule start again for each model at each task.
         student: frozen backbone, pool and head; its backbone without prompts gives the query of both models.
         distiller: the student's objective.
         teacher: likewise, or None where ``distiller`` needs none.
-        optim: optimizer and schedule, made anew for each model at each task.
-        aux_loss_scale: factor of prompt and feature losses.
-        seed: seed of the run; CODA's growth draws from it.
         parallel: where steps run.
-        accumulate: number of equal parts in which a batch passes through the step.
         compile_step: turns a step into a faster one with the same results (``torch.compile``).
     """
 
     def __init__(
         self,
+        config: Config,
         student: PromptedModel,
         distiller: Distiller,
         teacher: PromptedModel | None,
-        optim: OptimSettings,
-        *,
-        aux_loss_scale: float = 1.0,
-        seed: int = 1,
-        parallel: Parallel | None = None,
-        accumulate: int = 1,
-        compile_step: Callable[[nn.Module], nn.Module] | None = None,
+        parallel: Parallel,
+        compile_step: Compiler = lambda step: step,
     ) -> None:
-        self.parallel = parallel or SingleDevice(torch.device("cpu"))
-        self.student = student.to(self.parallel.device)
-        self.distiller = distiller.to(self.parallel.device)
-        self.teacher = teacher.to(self.parallel.device) if teacher is not None else None
-        self.optim = optim
-        self.seed = seed
-        self.accumulate = accumulate
-        self.compile_step = compile_step or (lambda step: step)
-        self.aux_loss_scale = aux_loss_scale
+        self.config = config
+        self.parallel = parallel
+        self.student = student.to(parallel.device)
+        self.distiller = distiller.to(parallel.device)
+        self.teacher = teacher.to(parallel.device) if teacher is not None else None
+        self.compile_step = compile_step
 
     @property
     def query_vit(self) -> PromptedViT:
         return self.student.vit
 
     @property
-    def phases(self) -> tuple[str, ...]:
-        """Phases of a task, in order."""
-        return ("teacher", "student") if self.teacher is not None else ("student",)
+    def models(self) -> dict[str, PromptedModel]:
+        """The models by role, in the order in which they learn a task."""
+        teacher = {} if self.teacher is None else {"teacher": self.teacher}
+        return teacher | {"student": self.student}
 
     @property
-    def models(self) -> dict[str, PromptedModel]:
-        """The models by role."""
-        both = {"teacher": self.teacher, "student": self.student}
-        return {role: both[role] for role in self.phases}
+    def roles(self) -> tuple[str, ...]:
+        """``("teacher", "student")``, or ``("student",)`` without a teacher."""
+        return tuple(self.models)
 
     def begin_task(self, task: int) -> None:
         """Prepare both pools for ``task`` (CODA grows before every task; the first growth is part of building)."""
         for role, model in self.models.items():
             if task > 0:
-                model.prompt.begin_task(task, generator(self.seed, "growth", role, task))
+                model.prompt.begin_task(task, generator(self.config.seed, "growth", role, task))
 
     def resume_task(self, task: int) -> None:
         """Tell the pools which task their loaded parameters belong to."""
         for model in self.models.values():
             model.prompt.task = task
 
-    def begin_phase(self, phase: str, classes: ClassRange, class_weights: Tensor | None = None) -> Phase:
-        """Step and optimizer of one phase of the current task.
+    def begin_training(self, role: str, classes: ClassRange, class_weights: Tensor | None = None) -> TaskTraining:
+        """Step and optimizer that train one model on the current task.
 
         Args:
-            phase: ``"teacher"`` or ``"student"``.
+            role: ``"teacher"`` or ``"student"``.
             classes: columns that compete in the losses.
             class_weights: weight of each class in the cross entropy [C], or None.
         """
         if class_weights is not None:
             class_weights = class_weights.to(self.parallel.device)
-        options = {"aux_loss_scale": self.aux_loss_scale, "class_weights": class_weights}
+        options = {"aux_loss_scale": self.config.aux_loss_scale, "class_weights": class_weights}
         if self.teacher is not None:
             for part in (self.teacher.prompt, self.teacher.last):
-                part.requires_grad_(phase == "teacher")
-        if phase == "teacher":
+                part.requires_grad_(role == "teacher")
+        if role == "teacher":
             step: Step = TeacherStep(self.query_vit, self.teacher, **options)
         else:
             step = StudentStep(self.query_vit, self.student, self.distiller, self.teacher, **options)
-        return Phase(step, classes, self.optim, self.parallel, self.accumulate, self.compile_step)
+        return TaskTraining(
+            step, classes, self.config.optim, self.parallel, self.config.accumulate, self.compile_step
+        )
 
     def eval_step(self) -> EvalStep:
         """Evaluation of both models in one pass; puts them into evaluation mode."""
@@ -122,7 +115,7 @@ class PromptLearner:
         return {key: value.detach() for key, value in state.items()}
 
     def load_state(self, role: str, state: Mapping[str, Tensor]) -> None:
-        """Load what :meth:`state` returned.
+        """Load the result of :meth:`state`.
 
         Raises:
             RuntimeError: a name or shape does not fit.
@@ -135,8 +128,26 @@ class PromptLearner:
         elif rest:
             raise RuntimeError(f"the teacher's state has unknown {sorted(rest)}")
 
+    def parameter_counts(self) -> dict[str, dict[str, int] | None]:
+        """Numbers of parameters per role, in all and trained (the student's with the KD method's)."""
+        counts: dict[str, dict[str, int] | None] = {"teacher": None}
+        for role, model in self.models.items():
+            trained = sum(tensor.numel() for tensor in self.state(role).values())
+            frozen = sum(p.numel() for p in model.vit.parameters())
+            counts[role] = {"total": frozen + trained, "trained": trained}
+        return counts
 
-class Phase:
+
+class TrainResult(NamedTuple):
+    """A :class:`StepResult` of this process's rows, scalars on the device, and the norm of the gradient."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    correct: Tensor
+    gradient: Tensor
+
+
+class TaskTraining:
     """Training of one model on one task.
 
     Args:
@@ -144,18 +155,18 @@ class Phase:
         classes: columns that compete.
         optim: optimizer and schedule.
         parallel: where the step runs.
-        accumulate: number of equal parts of a batch.
-        compile_step: see :class:`PromptLearner`.
+        accumulate: number of equal parts in which a batch passes through the step.
+        compile_step: see :class:`TeacherStudentLearner`.
     """
 
     def __init__(
         self,
         step: Step,
         classes: ClassRange,
-        optim: OptimSettings,
+        optim: OptimConfig,
         parallel: Parallel,
         accumulate: int = 1,
-        compile_step: Callable[[nn.Module], nn.Module] = lambda step: step,
+        compile_step: Compiler = lambda step: step,
     ) -> None:
         self.step = step.to(parallel.device)
         self.classes = classes
@@ -166,7 +177,7 @@ class Phase:
         self.optimizer = build_optimizer(self.parameters, optim)
         half = step.query_vit.autocast_dtype == torch.float16
         # Each process goes backward from the mean of its own rows, and only then are gradients averaged: with the
-        # default scale they would be as many times larger as there are processes, and overflow the earlier.
+        # default scale they would be as many times larger as there are processes, and overflow earlier.
         scale = 2.0**16 / parallel.world_size
         self.scaler = torch.amp.GradScaler(parallel.device.type, init_scale=scale, enabled=half)
         self.step.train()
@@ -180,60 +191,54 @@ class Phase:
         """Set the learning rate of ``epoch``, from 0."""
         set_learning_rate(self.optimizer, learning_rate(self.optim, epoch))
 
-    def train_step(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def train_step(self, images: Tensor, targets: Tensor) -> TrainResult:
         """Update the model with one batch.
 
         Args:
-            images: this process's rows of the global batch, [b, 3, H, W] in [0, 1].
+            images: this process's rows of the global batch, [b, 3, H, W] in [0, 1]; b divides by ``accumulate``.
             targets: their labels [b].
-
-        Returns:
-            ``loss``, its terms, ``correct`` and ``gradient`` (norm before the update), on the device, for this
-            process's rows.
-
-        Raises:
-            ValueError: the rows cannot be cut into ``accumulate`` equal parts, whose means would not be the batch's.
         """
-        if len(images) % self.accumulate:
-            raise ValueError(f"{len(images)} images cannot be cut into {self.accumulate} equal parts")
         self.optimizer.zero_grad(set_to_none=True)
-        parts = []
-        chunks = list(zip(images.chunk(self.accumulate), targets.chunk(self.accumulate), strict=True))
-        for index, (some_images, some_targets) in enumerate(chunks):
-            with self.parallel.synchronize(self.run, last=index == len(chunks) - 1):
-                result = self.run(some_images, some_targets, self.classes)
-                loss = result[LOSS].mean() / len(chunks)
+        results = []
+        parts = list(zip(images.chunk(self.accumulate), targets.chunk(self.accumulate), strict=True))
+        for index, (part_images, part_targets) in enumerate(parts):
+            with self.parallel.synchronize(self.run, last=index == len(parts) - 1):
+                result = self.run(part_images, part_targets, self.classes)
+                loss = result.loss.mean() / len(parts)
                 self.scaler.scale(loss).backward()
-            parts.append({name: _over_replicas(name, value.detach()) for name, value in result.items()})
+            results.append(_over_replicas(result))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return _over_chunks(parts) | {GRADIENT: norm}
+        return TrainResult(*_over_parts(results), gradient=norm)
 
     def state(self) -> dict:
-        """Optimizer (and loss scale) as they stand, for a resume."""
+        """Optimizer (and loss scale) for a resume."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state(self, state: Mapping) -> None:
-        """Load what :meth:`state` returned."""
+        """Load the result of :meth:`state`."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
 
 
-def is_count(name: str) -> bool:
-    """Whether a result of a step is a count, to be summed, rather than a loss, to be averaged."""
-    return name == "correct"
+def _over_replicas(result: StepResult) -> StepResult:
+    """Losses averaged and counts summed over the replicas of a step."""
+    terms = {name: term.detach().mean() for name, term in result.terms.items()}
+    return StepResult(result.loss.detach().mean(), terms, result.correct.detach().sum())
 
 
-def _over_replicas(name: str, value: Tensor) -> Tensor:
-    return value.sum() if is_count(name) else value.mean()
+def _over_parts(results: Sequence[StepResult]) -> StepResult:
+    """Losses averaged and counts summed over the parts of a batch."""
+    if len(results) == 1:
+        return results[0]
+    terms = {name: _mean([result.terms[name] for result in results]) for name in results[0].terms}
+    return StepResult(
+        _mean([result.loss for result in results]), terms, torch.stack([result.correct for result in results]).sum()
+    )
 
 
-def _over_chunks(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    parts = list(parts)
-    if len(parts) == 1:
-        return parts[0]
-    stacked = {name: torch.stack([part[name].float() for part in parts]) for name in parts[0]}
-    return {name: _over_replicas(name, value) for name, value in stacked.items()}
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([value.float() for value in values]).mean()

@@ -1,0 +1,235 @@
+"""Evaluate models: after each task of a run, and again from the files of a run; name what images show."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataloaders.base import DataError, read_image
+from dataloaders.build import build_stream
+from dataloaders.check import check_stream
+from dataloaders.transforms import EvalTransform, to_unit
+from learners.meter import NonFiniteError, TrainingError
+from learners.results import check_same_data, data_info
+from models.backbones import BackboneError
+from models.sizes import known_size
+from utils.checkpoint import CLASSES, METRICS, RunFolder, RunFolderError, check_settings, from_bytes
+from utils.config import Config, ConfigError
+from utils.logging import setup_logging
+from utils.metrics import AccuracyMatrix, summary_table
+from utils.parallel import build_parallel, choose_device
+
+if TYPE_CHECKING:
+    from learners.build import Run
+
+_log = logging.getLogger(__name__)
+
+
+def model_file(role: str, task: int) -> str:
+    """Where the trained parts of a model after ``task`` (from 0) are, under the original's names."""
+    return f"models/task-{task + 1}/{role[0].upper()}_class.pth"
+
+
+def load_model(folder: RunFolder, role: str, task: int, load: Callable[[dict[str, Tensor]], None]) -> None:
+    """Hand the trained parts of a model after ``task`` to ``load``.
+
+    Raises:
+        RunFolderError: the file is missing or damaged, or does not fit the settings.
+    """
+    name = model_file(role, task)
+    data = folder.read(name)
+    try:
+        load(from_bytes(data))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RunFolderError(f"{folder.root / name} does not fit the settings in args.yaml: {reason}") from error
+
+
+@torch.inference_mode()
+def evaluate(
+    run: Run, task: int, between: Callable[[], None] = lambda: None
+) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
+    """Accuracies after ``task`` (from 0).
+
+    Args:
+        between: called now and then, by all processes equally often.
+
+    Returns:
+        For each role the accuracy (%) on tasks 0 … ``task``, top 1 over all classes seen; and for each role
+        the mean use of the pool's entries by the newest task's test images, by layer.
+
+    Raises:
+        NonFiniteError: a logit is infinite or not a number.
+    """
+    step, parallel = run.learner.evaluator(), run.parallel
+    seen = run.stream.classes(task).stop
+    rows: dict[str, list[float]] = {role: [] for role in run.learner.roles}
+    for past in range(task + 1):
+        totals = torch.zeros(len(rows) + 1, dtype=torch.int64, device=parallel.device)
+        for images, targets in run.data.test(past):
+            result = step(images, targets, seen)
+            # On several replicas there is one element for each.
+            totals += torch.stack([*(result.correct[role].sum() for role in rows), result.not_finite.sum()])
+            if parallel.world_size == 1:
+                between()
+        if parallel.world_size > 1:
+            between()
+        *counts, not_finite = parallel.sum(totals).tolist()
+        if not_finite:
+            raise NonFiniteError(
+                f"after task {task + 1}, logits of task {past + 1}'s test images are not finite ({not_finite} of "
+                "them): start over with --precision fp32 or bf16, or a lower --lr"
+            )
+        for role, count in zip(rows, counts, strict=True):
+            rows[role].append(100 * count / run.stream.test_size(past))
+    return rows, _usage(run, task)
+
+
+def _usage(run: Run, task: int) -> dict[str, dict[str, list[float]]]:
+    """Mean use of the pools' entries by the test images of ``task``."""
+    vit, parallel = run.learner.query_vit, run.parallel
+    queries = [vit(vit.embed(images)).cls.float() for images, _ in run.data.test(task)]
+    query = torch.cat(queries) if queries else torch.zeros(0, vit.embed_dim, device=parallel.device)
+    return {
+        role: {
+            layer: (parallel.sum(total).cpu().double() / run.stream.test_size(task)).tolist()
+            for layer, total in model.prompt.usage(query).items()
+        }
+        for role, model in run.learner.models.items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------- of finished runs
+
+
+def run_action(config: Config) -> int:
+    """Check data, or evaluate, export or use the models of ``config.log_dir``.
+
+    Returns:
+        Exit code of the process.
+
+    Raises:
+        ConfigError: the data cannot be read; or the folder holds no finished task, or a damaged one.
+    """
+    setup_logging(None)
+    folder = RunFolder(config.log_dir) if config.log_dir is not None else None
+    try:
+        match config.action:
+            case "check_data":
+                return _check_data(config)
+            case "eval_only":
+                return _evaluate_again(config, folder)
+            case "export":
+                return _export(config, folder)
+            case _:
+                return _predict(config, folder)
+    except (RunFolderError, BackboneError, DataError) as error:
+        raise ConfigError([str(error)]) from error
+    except TrainingError as error:
+        _log.error("%s", error)
+        return 1
+
+
+def _check_data(config: Config) -> int:
+    """Look at every image; print one JSON object; exit code 1 when an image is bad or missing."""
+    size = known_size(config.student_model)
+    stream = build_stream(config.data, seed=config.seed, image_size=size.image_size if size else 224)
+    report = check_stream(stream, config.data.dataset)
+    json.dump(report, sys.stdout, indent=1)
+    sys.stdout.write("\n")
+    return 1 if report["bad"] else 0
+
+
+def tasks_done(folder: RunFolder) -> int:
+    """Number of tasks whose models and results are saved.
+
+    Raises:
+        RunFolderError: there is none, or ``metrics.json`` is damaged.
+    """
+    if not (folder.root / METRICS).exists():
+        raise RunFolderError(f"{folder.root} holds no learned task yet")
+    return folder.read_json(METRICS)["tasks_done"]
+
+
+def _evaluate_again(config: Config, folder: RunFolder) -> int:
+    """Reproduce the accuracy matrices; exit code 1 when they differ from the recorded ones."""
+    from learners.build import build_run
+
+    check_settings(config, resume=False)
+    run = build_run(config, build_parallel(config.device, config.gpuid, alone=True), folder.root)
+    learner = run.learner
+    check_same_data(data_info(run.stream, {role: b.sha256 for role, b in run.backbones.items()}), folder)
+    matrices = {role: AccuracyMatrix() for role in learner.roles}
+    for task in range(tasks_done(folder)):
+        learner.resume_task(task)
+        for role in learner.roles:
+            load_model(folder, role, task, lambda state, role=role: learner.load_state(role, state))
+        rows, _ = evaluate(run, task)
+        for role, row in rows.items():
+            matrices[role].set_row(task, row)
+    run.data.close()
+    measured = {role: matrix.to_dict() for role, matrix in matrices.items()}
+    _log.info("%s", summary_table(measured.get("teacher"), measured["student"]))
+    worst = _largest_difference(measured, folder.read_json(METRICS))
+    if worst < 1e-6:  # metrics.json keeps ten digits
+        _log.info("The accuracy matrices equal the recorded ones.")
+        return 0
+    _log.warning("The accuracy matrices differ from the recorded ones by up to %.2f points.", worst)
+    return 1
+
+
+def _largest_difference(measured: Mapping[str, Any], recorded: Mapping[str, Any]) -> float:
+    """Between the accuracy matrices of two ``metrics.json``."""
+    pairs = [(measured[role]["accuracy_matrix"], recorded[role]["accuracy_matrix"]) for role in measured]
+    return max(
+        abs(new - old)
+        for new_matrix, old_matrix in pairs
+        for new_row, old_row in zip(new_matrix, old_matrix, strict=True)
+        for new, old in zip(new_row, old_row, strict=True)
+    )
+
+
+def _export(config: Config, folder: RunFolder) -> int:
+    """Write the student after the last learned task for use elsewhere."""
+    from learners.export import export, refuse_foreign, trained_student
+
+    refuse_foreign(config.export)
+    classifier, metadata = trained_student(config, folder)
+    export(classifier, metadata, config.export)
+    _log.info("Wrote %s and %s", config.export, config.export.with_suffix(".json").name)
+    return 0
+
+
+@torch.no_grad()
+def _predict(config: Config, folder: RunFolder) -> int:
+    """Print the ``--top`` classes of each image with their probabilities."""
+    from learners.export import trained_student
+
+    device = choose_device(config.device, config.gpuid)
+    classifier, metadata = trained_student(config, folder)
+    classifier.to(device)
+    for path in config.predict:
+        logits = classifier(_load_image(path, metadata).to(device))
+        best = logits.softmax(1)[0].topk(min(config.top, logits.shape[1]))
+        _log.info("%s", path)
+        for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            _log.info("  %6.2f %%  %s", 100 * probability, metadata["class_names"][label])
+    return 0
+
+
+def _load_image(path: Path, metadata: Mapping[str, Any]) -> Tensor:
+    """One image as the student sees it in evaluation, [1, 3, H, W] in [0, 1]."""
+    try:
+        image = read_image(path)
+    except DataError as error:
+        raise ConfigError([f"--predict: {error}"]) from error
+    pixels = np.array(EvalTransform(metadata["image_size"], metadata["test_crop"])(image))
+    return to_unit(torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous())

@@ -1,0 +1,187 @@
+"""The measurements of a run, and the files of ``Results/`` made from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dataloaders.tasks import TaskStream
+from utils import plots
+from utils.checkpoint import CLASSES, METRICS, RunFolder
+from utils.config import Config, ConfigError
+from utils.logging import environment, peak_memory_mb
+from utils.metrics import AccuracyMatrix, acc_csv, metrics_json, summary_lines, summary_table
+
+if TYPE_CHECKING:
+    from learners.build import Run
+
+CSV = {"teacher": "Results/acc.csv", "student": "Results/acc_s.csv"}
+TIMING = "Results/timing.json"
+FORMAT = 1  # of metrics.json
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class History:
+    """Measurements by role (``teacher``, ``student``) and task.
+
+    Attributes:
+        accuracy: rows of each role's accuracy matrix, %.
+        losses: per task, per epoch, mean of each term.
+        usage: per task, how much each pool entry is used, by layer.
+        training: duration of each role's training on each task, s, and its number of images.
+        evaluation: duration of each task's evaluation, s.
+    """
+
+    accuracy: dict[str, list[list[float]]] = field(default_factory=dict)
+    losses: dict[str, list[list[dict[str, float]]]] = field(default_factory=dict)
+    usage: dict[str, list[dict[str, list[float]]]] = field(default_factory=dict)
+    training: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+
+    def add_epoch(self, role: str, task: int, epoch: int, means: Mapping[str, float]) -> None:
+        """Enter an epoch's losses; an epoch that is repeated replaces its earlier entry."""
+        tasks = self.losses.setdefault(role, [])
+        tasks[task:] = [*tasks[task : task + 1], []][:1]
+        tasks[task][epoch:] = [dict(means)]
+
+    def add_time(self, task: int, role: str, seconds: float, images: int) -> None:
+        """Add an epoch to a role's time on a task."""
+        if not self.training or (self.training[-1]["task"], self.training[-1]["role"]) != (task, role):
+            self.training.append({"task": task, "role": role, "epochs": 0, "seconds": 0.0, "images": 0})
+        entry = self.training[-1]
+        entry["epochs"] += 1
+        entry["seconds"] += seconds
+        entry["images"] += images
+
+    def add_evaluation(
+        self, task: int, rows: Mapping[str, list[float]], usage: Mapping[str, Any], seconds: float
+    ) -> None:
+        """Enter the results after a task: accuracies on all tasks seen, and the use of the pools, by role."""
+        self.evaluation[task:] = [{"task": task, "seconds": seconds}]
+        for role, row in rows.items():
+            self.accuracy.setdefault(role, [])[task:] = [row]
+            self.usage.setdefault(role, [])[task:] = [usage[role]]
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain data, for a resume."""
+        return asdict(self)
+
+    def timing(self) -> dict[str, Any]:
+        """Durations as ``timing.json`` has them."""
+        phases = [
+            {"task": entry["task"], "phase": entry["role"], "epochs": entry["epochs"], "seconds": entry["seconds"]}
+            | {"images_per_second": entry["images"] / entry["seconds"] if entry["seconds"] else None}
+            for entry in self.training
+        ]
+        total = sum(entry["seconds"] for entry in [*self.training, *self.evaluation])
+        return {"phases": phases, "evaluation": self.evaluation, "total_seconds": total}
+
+
+def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
+    """The content of ``metrics.json``.
+
+    Equal results give equal content: it holds no times, folders or versions.
+    """
+    settings = config.result_settings()
+    matrices = {role: AccuracyMatrix(rows).to_dict() for role, rows in history.accuracy.items()}
+    done = len(history.accuracy["student"])
+    return {
+        "format": FORMAT,
+        "complete": done == run.num_tasks,
+        **{key: settings[key] for key in ("dataset", "learner_name", "KD_method", "t_model", "s_model")},
+        "seed": config.seed,
+        "settings": settings,
+        "settings_hash": config.settings_hash(),
+        "num_tasks": run.num_tasks,
+        "tasks_done": done,
+        "classes": [list(run.stream.classes(task)) for task in range(run.num_tasks)],
+        "data": _data_set(run.stream),
+        "teacher": matrices.get("teacher"),
+        "student": matrices["student"],
+        "parameters": run.learner.parameter_counts(),
+        "losses": history.losses,
+        "prompt_usage": history.usage,
+    }
+
+
+def write_results(folder: RunFolder, config: Config, run: Run, history: History) -> None:
+    """Write the files of ``Results/`` after a task, with pictures after the last one; ``metrics.json`` comes last.
+
+    Raises:
+        RunFolderError: a file cannot be written.
+    """
+    metrics = build_metrics(config, run, history)
+    timing = history.timing() | {"peak_memory_mb": peak_memory_mb(), **environment()}
+    folder.write(TIMING, (json.dumps(timing, indent=1) + "\n").encode())
+    for role in history.accuracy:
+        folder.write(CSV[role], acc_csv(metrics[role]["average_accuracy"]).encode())
+    if metrics["complete"]:
+        for name, picture in plots.draw(metrics).items():
+            folder.write(f"Results/{name}", picture)
+    folder.write(METRICS, metrics_json(metrics).encode())
+
+
+def log_summary(folder: RunFolder) -> None:
+    """Log the table of measures, and the original's summary lines, which end the log."""
+    metrics = folder.read_json(METRICS)
+    _log.info("\n%s\n", summary_table(metrics["teacher"], metrics["student"]))
+    for line in summary_lines(metrics["student"]):
+        _log.info("%s", line)
+
+
+def _data_set(stream: TaskStream) -> dict[str, Any]:
+    """What tells the stream's data set from another of the same name; the seed and the order of classes do not."""
+    names = json.dumps(sorted(stream.class_names), ensure_ascii=False)
+    return {
+        "split": stream.split,
+        "classes": stream.num_classes,
+        "class_names_sha256": hashlib.sha256(names.encode()).hexdigest(),
+        "train_images": len(stream.train_images.used),
+        "test_images": len(stream.test_images.used),
+    }
+
+
+def data_info(stream: TaskStream, backbone_sha256: Mapping[str, str]) -> dict[str, Any]:
+    """The content of ``classes.json``: what the use of a trained student without its data set needs, and what tells
+    two data sets or backbones apart.
+    """
+    tasks = range(len(stream))
+    return {
+        "num_classes": stream.num_classes,
+        "num_tasks": len(stream),
+        "ranges": [list(stream.classes(task)) for task in tasks],
+        "class_names": list(stream.class_names),
+        "image_size": stream.image_size,
+        "test_crop": stream.test_transform.crop,
+        "train_images": [stream.train_size(task) for task in tasks],
+        "test_images": [stream.test_size(task) for task in tasks],
+        "backbone_sha256": dict(backbone_sha256),
+    }
+
+
+def check_same_data(info: Mapping[str, Any], folder: RunFolder) -> None:
+    """Compare (a part of) a :func:`data_info` with the one that a run wrote down.
+
+    Raises:
+        ConfigError: naming what differs.
+        RunFolderError: ``classes.json`` is damaged.
+    """
+    before = folder.read_json(CLASSES)
+    problems = [f"{key} differ" for key in info if key != "backbone_sha256" and before.get(key) != info[key]]
+    for role, digest in info["backbone_sha256"].items():
+        was = before.get("backbone_sha256", {}).get(role)
+        if was != digest:
+            problems.append(f"the SHA-256 of the {role}'s backbone was {was} and is {digest}, see --{role[0]}_weights")
+    if problems:
+        raise ConfigError(
+            [
+                f"--log_dir {folder.root} holds a run on other data or backbones ({'; '.join(problems)}): use the same "
+                "files, or another log_dir"
+            ]
+        )

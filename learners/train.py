@@ -1,0 +1,219 @@
+"""A training run, from its folder to its results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import yaml
+
+from learners.build import Run, build_run, check_processes
+from learners.check import batch_shares
+from learners.evaluate import model_file, run_action
+from learners.meter import TrainingError
+from learners.repeat import run_repeats
+from learners.results import check_same_data, data_info, log_summary
+from learners.signals import Signals, StoppedError
+from learners.teacher_cache import TeacherCache
+from learners.trainer import Trainer
+from models.cdl_checkpoint import find_checkpoint
+from utils.checkpoint import (
+    ARGS,
+    ARGS_END,
+    CLASSES,
+    LOG,
+    METRICS,
+    RunFolder,
+    RunFolderError,
+    differing_settings,
+    is_finished,
+    open_run,
+    sha256_of,
+)
+from utils.config import Config, ConfigError
+from utils.logging import Progress, environment, open_tensorboard, setup_logging
+from utils.parallel import build_parallel, is_main_process, leave_group, lost_process
+
+_log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> int:
+    """Do what the configuration asks for.
+
+    Returns:
+        Exit code of the process.
+
+    Raises:
+        ConfigError: the run cannot start.
+    """
+    if config.action != "train":
+        return run_action(config) if is_main_process() else 0  # only training is shared out among processes
+    code = run_repeats(config, train) if config.repeat > 1 else train(config)
+    if code != 1:  # else the other processes may not come along
+        leave_group()
+    return code
+
+
+def train(config: Config) -> int:
+    """Train what ``config.log_dir`` does not hold yet: open the folder, build data and models, learn, write results.
+
+    Returns:
+        0 when the run is complete; 1 when it ended early with its last good state saved; 128 + n after signal n.
+
+    Raises:
+        ConfigError: the run cannot start, and nothing has changed.
+    """
+    setup_logging(None, main=is_main_process())
+    try:
+        with Signals() as signals, contextlib.ExitStack() as stack:
+            parallel = build_parallel(config.device, config.gpuid)
+            folder = parallel.all_or_none(lambda: stack.enter_context(open_run(config)) if parallel.is_main else None)
+            if parallel.broadcast(folder is not None and _finished(config, folder)):
+                return 0
+            state = parallel.all_or_none(lambda: folder.load_state() if folder else None)
+            resumed_dir = config.log_dir if parallel.broadcast(folder is not None and folder.has_run) else None
+            objects = parallel.all_or_none(lambda: build_run(config, parallel, resumed_dir))
+            stack.callback(objects.data.close)
+            parallel.all_or_none(lambda: check_processes(config, objects))
+            teachers = parallel.all_or_none(lambda: _begin(config, objects, folder, state) if folder else None)
+            progress = Progress(
+                None if folder and not config.no_progress else False, objects.num_tasks, roles=objects.learner.roles
+            )
+            stack.callback(progress.close)
+            on_epoch = stack.enter_context(_tensorboard(config if folder else None))
+            trainer = Trainer(config, objects, folder, signals, progress, on_epoch=on_epoch, teachers=teachers)
+            signals.finish_steps()
+            trainer.learn(parallel.broadcast(state))
+            if folder:
+                log_summary(folder)
+            return 0
+    except StoppedError as stopped:
+        _log.warning("%s", stopped)
+        return stopped.exit_code
+    except (TrainingError, RunFolderError) as error:
+        _log.error("%s", error)
+    except (MemoryError, RuntimeError, OSError) as error:
+        advice = _advice(error, config)
+        if advice is None:
+            raise
+        _log.error("%s The last good state is kept. (%s)", advice, str(error).strip().split("\n")[0])
+    return 1
+
+
+def _finished(config: Config, folder: RunFolder) -> bool:
+    """Whether nothing is left to do, which the log then says; otherwise the log goes to a file from now on."""
+    if not is_finished(config):
+        try:
+            setup_logging(config.log_dir / LOG)
+        except OSError as error:
+            raise ConfigError([f"cannot write {config.log_dir / LOG}: {error.strerror}"]) from error
+        return False
+    _log.info("%s holds a finished run of this command; --overwrite 1 starts over", folder.root)
+    try:
+        _check_models(folder, folder.read_json(METRICS)["tasks_done"])
+    except RunFolderError as error:
+        _log.warning("%s", error)
+    return True
+
+
+def _check_models(folder: RunFolder, tasks: int) -> None:
+    """Read the models of the first ``tasks`` tasks (raises RunFolderError where one is damaged or missing)."""
+    roles = folder.read_json(CLASSES)["backbone_sha256"]
+    for task in range(tasks):
+        for role in roles:
+            folder.read(model_file(role, task))
+
+
+def _begin(config: Config, objects: Run, folder: RunFolder, state: dict | None) -> TeacherCache | None:
+    """Write down what is trained on what, or compare it with what the run wrote down; find the teachers.
+
+    Raises:
+        ConfigError: data or backbones are not those that the run, or that of the teachers, began with.
+        RunFolderError: a file of the run is damaged or cannot be written.
+    """
+    _log_start(config, objects)
+    info = data_info(objects.stream, {role: backbone.sha256 for role, backbone in objects.backbones.items()})
+    if config.init_from is not None:
+        files = {role: find_checkpoint(config.init_from, role) for role in objects.learner.roles}
+        info["init_from_sha256"] = {role: sha256_of(path) for role, path in files.items()}
+    if folder.has_run:
+        check_same_data(info, folder)
+        _check_models(folder, state["position"][0] if state else 0)
+    teachers = TeacherCache(config, info) if config.teacher_from is not None else None
+    if not folder.has_run or differing_settings(config):
+        for name, data in objects.stream.drawn_split.items():
+            folder.write(name, data)
+        folder.write(CLASSES, (json.dumps(info, ensure_ascii=False, indent=1) + "\n").encode())
+        folder.write(ARGS, _args_yaml(config, objects).encode())  # last, as it makes the folder that of a run
+    return teachers
+
+
+def _args_yaml(config: Config, objects: Run) -> str:
+    """All settings, ready to be a ``--config``, with comments on the backbones."""
+    lines = ["# Everything this run was started with; python run.py --config args.yaml --log_dir ... repeats it."]
+    lines += [f"# {role} backbone: {each.tag} (sha256 {each.sha256})" for role, each in objects.backbones.items()]
+    return "\n".join(lines) + "\n" + yaml.safe_dump(config.to_yaml_dict(), sort_keys=False) + ARGS_END
+
+
+def _log_start(config: Config, objects: Run) -> None:
+    """Settings, versions and hardware into the log; to the console only what a person looks for."""
+    _log.debug("Settings: %s", json.dumps(config.to_yaml_dict()))
+    _log.debug("Environment: %s", json.dumps(environment()))
+    for key in config.without_effect:
+        _log.warning("%s is accepted from the original's configurations and has no effect", key)
+    for role, backbone in objects.backbones.items():
+        _log.info("%s backbone: %s (sha256 %s)", role.capitalize(), backbone.tag, backbone.sha256)
+    _log.info(
+        "%s: %d tasks, %d classes; %s + %s on %s; results in %s",
+        config.data.dataset,
+        objects.num_tasks,
+        objects.stream.num_classes,
+        config.learner_name,
+        config.distill.method,
+        objects.parallel.device,
+        config.log_dir,
+    )
+
+
+@contextlib.contextmanager
+def _tensorboard(config: Config | None) -> Iterator[Callable[..., None]]:
+    """A function to call after each epoch, which writes TensorBoard files if they are wanted."""
+    if config is None or not config.tensorboard:
+        yield lambda *_: None
+        return
+    writer = open_tensorboard(config.log_dir / "tensorboard")
+
+    def on_epoch(role: str, task: int, epoch: int, means: dict[str, float]) -> None:
+        for name, value in means.items():
+            writer.add_scalar(f"{role}/{name}", value, task * config.optim.epochs + epoch)
+
+    try:
+        yield on_epoch
+    finally:
+        writer.close()
+
+
+def _advice(error: BaseException, config: Config) -> str | None:
+    """What helps against an error that the machine's limits caused; None for any other error."""
+    text = str(error)
+    if "RANK" in os.environ and isinstance(error, RuntimeError) and lost_process(error):
+        return (
+            f"Process {os.environ['RANK']}: another process of this run is gone or does not answer. The same command "
+            "resumes the run, with any number of processes."
+        )
+    if isinstance(error, MemoryError) or "out of memory" in text or "t allocate memory" in text:
+        share = config.data.batch_size // batch_shares(config)[0]  # which --accumulate divides
+        parts = next((n for n in range(config.accumulate + 1, share + 1) if share % n == 0), 0)
+        resume = [f"--accumulate {parts}, the same batch in smaller parts"] if parts else []
+        resume += ["fewer --workers"] if config.data.workers else []
+        restart = ["a smaller --batch_size"] if config.data.batch_size > 1 else []
+        restart += ["--precision bf16"] if config.precision in ("fp32", "tf32") else []
+        choices = [f"resume with {' or '.join(resume)}"] if resume else []
+        choices += [f"start a new run with {' or '.join(restart)}"] if restart else []
+        return f"Out of memory: {'; or '.join(choices) or 'use a machine with more of it'}."
+    if "DataLoader worker" in text or "shared memory" in text:
+        return "A process that loads data was ended from outside or had too little memory: resume with fewer --workers."
+    return None
