@@ -266,7 +266,7 @@ def _path_problems(config: Config) -> list[str]:
         ("t_weights", config.teacher_weights, os.path.isfile, "file"),
         ("s_weights", config.student_weights, os.path.isfile, "file"),
         ("init_from", config.init_from, os.path.isdir, "folder"),
-        ("teacher_from", config.teacher_from, os.path.isdir, "folder"),
+        *(("teacher_from", folder, os.path.isdir, "folder") for folder in _teacher_folders(config)),
         *(("predict", image, os.path.isfile, "file") for image in config.predict),
     ]
     for flag, path, is_there, kind in needed:
@@ -284,6 +284,13 @@ def _path_problems(config: Config) -> list[str]:
     elif config.log_dir is not None and config.action != "check_data" and not config.log_dir.is_dir():
         problems.append(f"--log_dir: there is no folder {config.log_dir}; give that of a finished run")
     return problems
+
+
+def _teacher_folders(config: Config) -> list[Path]:
+    """The folders of ``--teacher_from``, one for each seed of ``--repeat``."""
+    if config.teacher_from is None or config.repeat == 1:
+        return [config.teacher_from] if config.teacher_from else []
+    return [config.for_seed(seed).teacher_from for seed in range(config.seed, config.seed + config.repeat)]
 
 
 def _unwritable(flag: str, folder: Path) -> list[str]:

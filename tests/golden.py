@@ -31,11 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dataloaders.tasks import ClassRange
 from learners.build import build_learner
-from learners.distillers.base import DistillSettings
-from learners.optim import OptimSettings
-from learners.prompt import PromptLearner
+from learners.learner import TeacherStudentLearner
 from models.vit import PromptedViT
-from utils.parallel import SingleDevice
+from utils.config import Config, DistillConfig, OptimConfig
+from utils.parallel import Parallel
 
 LIMITS = {"loss": 1e-4, "logits": 1e-4, "lr": 1e-4, "eval": 1e-4, "parameters": 1e-3}
 # Gradients of biases ahead of a LayerNorm are rounding noise that Adam amplifies: these parameters are judged
@@ -66,31 +65,26 @@ class GoldenCase:
         vit.load_state_dict(self._under(f"backbone/{role}/"))
         return PromptedViT(vit)
 
-    def _build(self) -> PromptLearner:
+    def _build(self) -> TeacherStudentLearner:
         s = self.settings
-        layers, length = s["kd_prompt_param"]
-        return build_learner(
+        config = Config(
             learner_name=s["learner_name"],
-            prompt_param=s["prompt_param"],
-            kd_method=s["KD_method"],
-            distill=DistillSettings(s["kd_alpha"], s["Soft_T"], int(layers), int(length)),
-            teacher_vit=self._backbone("teacher"),
-            student_vit=self._backbone("student"),
-            num_classes=s["num_tasks"] * s["classes_per_task"],
-            num_tasks=s["num_tasks"],
-            optim=OptimSettings(
-                s["optimizer"], s["lr"], s["momentum"], s["weight_decay"], s["schedule_type"], s["schedule"]
+            prompt_param=tuple(s["prompt_param"]),
+            distill=DistillConfig(s["KD_method"], tuple(map(int, s["kd_prompt_param"])), s["kd_alpha"], s["Soft_T"]),
+            optim=OptimConfig(
+                tuple(s["schedule"]), s["schedule_type"], s["optimizer"], s["lr"], s["momentum"], s["weight_decay"]
             ),
             aux_loss_scale=s.get("aux_loss_scale", 1.0),
-            seed=0,
-            parallel=SingleDevice(torch.device("cpu")),
         )
+        vits = {role: self._backbone(role) for role in ("teacher", "student")}
+        num_classes = s["num_tasks"] * s["classes_per_task"]
+        return build_learner(config, vits, num_classes, s["num_tasks"], Parallel(torch.device("cpu")))
 
     def _under(self, prefix: str) -> dict[str, torch.Tensor]:
         return {key[len(prefix) :]: value for key, value in self.inputs.items() if key.startswith(prefix)}
 
     def run(self) -> dict[str, np.ndarray]:
-        """Learn all tasks; return every recorded quantity under its key in ``expected.npz``."""
+        """Learn all tasks and return every recorded quantity under its key in ``expected.npz``."""
         outputs: dict[str, np.ndarray] = {}
         with sdpa_kernel(SDPBackend.MATH):
             for task in range(self.settings["num_tasks"]):
@@ -102,22 +96,23 @@ class GoldenCase:
         classes = ClassRange(task * per_task, (task + 1) * per_task)
         self.learner.begin_task(task)
         outputs = {}
-        for role in self.learner.phases:
+        for role in self.learner.roles:
             start = self._under(f"task{task}/start/{role}/")
             self.learner.load_state(role, self.learner.state(role) | start)
-        for phase in self.learner.phases:
-            for key, value in self._run_phase(task, phase, classes):
-                outputs[f"task{task}/{phase}/{key}"] = _numpy(value)
-        logits = self.learner.eval_step().logits(self.inputs["eval/images"], classes.stop)
-        for role in self.learner.phases:
+        for role in self.learner.roles:
+            for key, value in self._train(task, role, classes):
+                outputs[f"task{task}/{role}/{key}"] = _numpy(value)
+        with torch.no_grad():
+            logits = self.learner.eval_step().logits(self.inputs["eval/images"], classes.stop)
+        for role in self.learner.roles:
             outputs[f"task{task}/eval/{role}_logits"] = _numpy(logits[role])
             for name, value in self.learner.state(role).items():
                 outputs[f"task{task}/end/{role}/{name}"] = _numpy(value).copy()
         return outputs
 
-    def _run_phase(self, task: int, role: str, classes: ClassRange) -> Iterator[tuple[str, object]]:
-        """Train one model on the recorded batches; yield what was recorded of each step."""
-        phase = self.learner.begin_phase(role, classes)
+    def _train(self, task: int, role: str, classes: ClassRange) -> Iterator[tuple[str, object]]:
+        """Train one model on the recorded batches and yield the recorded quantities of each step."""
+        training = self.learner.begin_training(role, classes)
         images, labels = self.inputs[f"task{task}/images"], self.inputs[f"task{task}/labels"]
         seen: dict[str, torch.Tensor] = {}
         hook = self.learner.teacher.register_forward_hook(
@@ -125,17 +120,17 @@ class GoldenCase:
         )
         for index in range(len(images)):
             if index % self.settings["steps_per_epoch"] == 0:
-                phase.begin_epoch(index // self.settings["steps_per_epoch"])
-            result = phase.train_step(images[index], labels[index])
+                training.begin_epoch(index // self.settings["steps_per_epoch"])
+            result = training.train_step(images[index], labels[index])
             logits = seen["logits"][:, classes.start : classes.stop]
-            yield f"step{index}/loss", result["loss"]
+            yield f"step{index}/loss", result.loss
             if role == "teacher":
                 yield f"step{index}/logits", logits
-                yield f"step{index}/lr", np.float64(phase.lr)
+                yield f"step{index}/lr", np.float64(training.lr)
             else:
                 yield f"step{index}/teacher_logits", logits
-                yield f"step{index}/distill_loss", result.get("distill", torch.zeros(()))
-                yield f"step{index}/feature_loss", result.get("feature", torch.zeros(()))
+                yield f"step{index}/distill_loss", result.terms.get("distill", torch.zeros(()))
+                yield f"step{index}/feature_loss", result.terms.get("feature", torch.zeros(()))
         hook.remove()
 
 

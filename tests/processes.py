@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["learners.assemble", "learners.trainer", "tests.learners.small"])
+_CONTEXT.set_forkserver_preload(["learners.train", "tests.learners.small"])
 
 
 class Outcome(NamedTuple):

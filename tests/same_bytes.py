@@ -51,7 +51,7 @@ def record(folder: Path, checkout: Path, only: list[str]) -> None:
         flags = [str(folder / word) if word == "CODAPrompt-KD" else word for word in RUNS[name]]
         command = [sys.executable, "-u", "run.py", *flags, "--log_dir", str(folder / name)]
         print(f"{name} ...", flush=True)
-        for seconds in (9, 13) if name == "killed" else ():
+        for seconds in (5, 6) if name == "killed" else ():
             process = _start(command, checkout)
             time.sleep(seconds)
             process.send_signal(signal.SIGKILL)

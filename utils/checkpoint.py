@@ -49,7 +49,7 @@ class RunFolder:
     @property
     def has_run(self) -> bool:
         """Whether a run has started here, be it damaged."""
-        return (self.root / ARGS).exists()
+        return (self.root / ARGS).exists() and (self.root / CLASSES).exists()
 
     def write(self, name: str, data: bytes) -> None:
         """Write one file (raises :class:`RunFolderError`)."""
@@ -170,11 +170,11 @@ def open_run(config: Config) -> Iterator[RunFolder]:
 
 
 def _refuse_foreign(folder: RunFolder) -> None:
-    found = [name for name in ("Results", "models", "state") if (folder.root / name).exists()]
+    found = [name for name in (ARGS, "Results", "models", "state") if (folder.root / name).exists()]
     if found and not folder.has_run:
         raise RunFolderError(
-            f"{folder.root} holds {', '.join(found)}, but no {ARGS}: it is no run of this project, or has lost that "
-            "file; choose another log_dir, or move what is there away"
+            f"{folder.root} holds {', '.join(found)}, but not both {ARGS} and {CLASSES}: it is no run of this project, "
+            "or has lost these files; choose another log_dir, or move everything in it away"
         )
 
 

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from dataloaders.tasks import ClassRange
 from learners.build import build_learner
-from learners.distillers.base import DistillSettings
-from learners.optim import OptimSettings
-from learners.prompt import PromptLearner
+from learners.learner import TeacherStudentLearner
 from models.prompts import PROMPTS
 from models.vit import PromptedViT
-from utils.parallel import SingleDevice
+from utils.config import Config, DistillConfig, OptimConfig
+from utils.parallel import Parallel
 
 TASKS = 3
 PER_TASK = 2
@@ -45,38 +44,31 @@ def learner(
     alpha: float = 0.5,
     dtype: torch.dtype = torch.float32,
     reduced: torch.dtype | None = None,
-    optim: OptimSettings | None = None,
-    aux_loss_scale: float = 1.0,
-    seed: int = 1,
+    optim: OptimConfig | None = None,
     device: str = "cpu",
+    parallel: Parallel | None = None,
+    compile_step=None,
     **options,
-) -> PromptLearner:
+) -> TeacherStudentLearner:
     """Teacher of width 24 and student of width 16; the pool has the size of PROMPT_PARAM unless given.
 
-    ``reduced`` is the precision of the backbones' arithmetic.
+    ``reduced`` is the precision of the backbones' arithmetic; ``options`` are further fields of Config.
     """
-    vits = [vit(dim=24, depth=teacher_depth, seed=1), vit(depth=student_depth, seed=2)]
+    vits = {"teacher": vit(dim=24, depth=teacher_depth, seed=1), "student": vit(depth=student_depth, seed=2)}
     if reduced is not None:
-        vits = [one.reduce_precision(reduced) for one in vits]
-    built = build_learner(
+        vits = {role: one.reduce_precision(reduced) for role, one in vits.items()}
+    config = Config(
         learner_name=learner_name,
         prompt_param=prompt_param or PROMPT_PARAM.get(learner_name, PROMPTS[learner_name].paper),
-        kd_method=kd_method,
-        distill=DistillSettings(alpha, 2.0, prompt_layers=student_depth, prompt_length=4),
-        teacher_vit=vits[0],
-        student_vit=vits[1],
-        num_classes=CLASSES,
-        num_tasks=TASKS,
-        optim=optim or OptimSettings(lr=0.01, schedule=(2,)),
-        aux_loss_scale=aux_loss_scale,
-        seed=seed,
-        parallel=SingleDevice(torch.device(device)),
+        distill=DistillConfig(kd_method, (student_depth, 4), alpha),
+        optim=optim or OptimConfig(lr=0.01, schedule=(2,)),
         **options,
     )
-    if dtype != torch.float32:
-        for module in (built.student, built.distiller, built.teacher):
-            if module is not None:
-                module.to(dtype)
+    built = build_learner(config, vits, CLASSES, TASKS, parallel or Parallel(torch.device(device)))
+    built.compile_step = compile_step or built.compile_step
+    for module in (built.student, built.distiller, built.teacher):
+        if module is not None and dtype != torch.float32:
+            module.to(dtype)
     return built
 
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from learners import assemble
+from learners.build import StepCompiler
 from tests.learners import small
 from tests.learners.small import batch_of, classes_of
 
 
 @pytest.fixture(autouse=True)
-def as_in_a_new_process(monkeypatch):
-    monkeypatch.setattr(assemble._Compiled, "failed", False)
+def as_in_a_new_process():
     torch.compiler.reset()
     limits = ("cache_size_limit", "accumulated_cache_size_limit")
     before = {name: getattr(torch._dynamo.config, name) for name in limits}
@@ -45,10 +44,6 @@ class Backend:
         return run
 
 
-def compiling(backend):
-    return lambda step: assemble.compiled(step, backend)
-
-
 class ForOneTask(nn.Module):
     """A step that depends on its task as the pools do: by a number that is an attribute of a module."""
 
@@ -68,9 +63,10 @@ class Evaluation(ForOneTask):
 def test_later_tasks_are_compiled_too(tasks=12):
     """torch itself would stop after 8 and only tell the standard error."""
     pool, backend, x = nn.Module(), Backend(), torch.arange(20.0)
+    compiler = StepCompiler(backend)
     for pool.task in range(tasks):
         for kind in (ForOneTask, Evaluation):
-            step = assemble.compiled(kind(pool), backend)
+            step = compiler(kind(pool))
             before = backend.runs
             for _ in range(2):
                 assert step(x) == kind(pool)(x)
@@ -79,11 +75,11 @@ def test_later_tasks_are_compiled_too(tasks=12):
 
 def test_all_steps_of_a_learner_are_compiled():
     backend = Backend()
-    learner = small.learner("CODAPrompt", "KD", compile_step=compiling(backend), teacher_depth=1, student_depth=1)
-    for phase in learner.phases:
+    learner = small.learner("CODAPrompt", "KD", compile_step=StepCompiler(backend), teacher_depth=1, student_depth=1)
+    for role in learner.roles:
         before = backend.runs
-        learner.begin_phase(phase, classes_of(0)).train_step(*batch_of(0))
-        assert backend.runs > before, phase
+        learner.begin_training(role, classes_of(0)).train_step(*batch_of(0))
+        assert backend.runs > before, role
     before = backend.runs
     with torch.inference_mode():
         learner.evaluator()(*batch_of(0), 2)
@@ -95,20 +91,20 @@ def test_without_a_compiler_all_steps_run_as_they_are(caplog):
     backend = Backend(failure="No working C++ compiler found\nand twenty lines more")
     results = []
     with caplog.at_level(logging.WARNING):
-        for compile_step in (None, compiling(backend)):
+        for compile_step in (None, StepCompiler(backend)):
             learner = small.learner("L2P", "KD_Token", compile_step=compile_step)
             results.append([])
-            for phase in learner.phases:
-                stage = learner.begin_phase(phase, classes_of(0))
-                results[-1] += [stage.train_step(*batch_of(0, seed=seed)) for seed in range(2)]
+            for role in learner.roles:
+                training = learner.begin_training(role, classes_of(0))
+                results[-1] += [training.train_step(*batch_of(0, seed=seed)) for seed in range(2)]
             with torch.inference_mode():
                 results[-1].append(learner.evaluator()(*batch_of(0), 2))
     assert backend.asked == 1
     (record,) = caplog.records
-    assert record.name == "learners.assemble"  # a logger whose warnings reach output.log
+    assert record.name == "learners.build"  # a logger whose warnings reach output.log
     assert record.getMessage().endswith("torch.compile fails: RuntimeError: No working C++ compiler found")
     for eager, compiled in zip(*results, strict=True):
-        assert all(torch.equal(compiled[name], value) for name, value in eager.items())
+        torch.testing.assert_close(compiled, eager, atol=0, rtol=0)
 
 
 def test_errors_of_the_step_itself_are_raised(caplog):
@@ -118,14 +114,15 @@ def test_errors_of_the_step_itself_are_raised(caplog):
 
         return run
 
-    step = assemble.compiled(nn.Linear(2, 2), backend)
+    compiler = StepCompiler(backend)
+    step = compiler(nn.Linear(2, 2))
     with pytest.raises(torch.OutOfMemoryError):
         step(torch.ones(1, 2))
-    assert not assemble._Compiled.failed and "--compile" not in caplog.text
+    assert not compiler.failed and "--compile" not in caplog.text
 
 
 def test_parameters_keep_their_names():
     """DistributedDataParallel sends the parameters that it finds, each once."""
     step = nn.Linear(2, 2)
-    names = [name for name, _ in assemble.compiled(step, Backend()).named_parameters(remove_duplicate=False)]
+    names = [name for name, _ in StepCompiler(Backend())(step).named_parameters(remove_duplicate=False)]
     assert names == ["step.weight", "step.bias"]

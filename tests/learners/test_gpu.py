@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped where there is none."""
+"""Properties that only a GPU can show; skipped where there is none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.fixture
 def no_waiting():
-    """Inside of the call whatever makes the host wait for the GPU is an error."""
+    """Anything in the call that makes the host wait for the GPU is an error."""
 
     def call(function, *arguments):
         torch.cuda.synchronize()
@@ -34,11 +34,11 @@ def no_waiting():
 def test_no_step_waits_for_the_gpu(learner_name, kd_method, reduced, no_waiting):
     learner = small.learner(learner_name, kd_method, device="cuda", reduced=reduced)
     images, targets = (part.cuda() for part in batch_of(0))
-    for role in learner.phases:
-        phase = learner.begin_phase(role, classes_of(0))
-        phase.begin_epoch(0)
-        phase.train_step(images, targets)  # the first step makes the optimizer's state
-        no_waiting(phase.train_step, images, targets)
+    for role in learner.roles:
+        training = learner.begin_training(role, classes_of(0))
+        training.begin_epoch(0)
+        training.train_step(images, targets)  # the first step makes the optimizer's state
+        no_waiting(training.train_step, images, targets)
     evaluate = learner.evaluator()
     with torch.inference_mode():
         evaluate(images, targets, 2)
@@ -50,10 +50,11 @@ def test_a_gpu_computes_what_the_cpu_computes(kd_method):
     logits = []
     for device in ("cpu", "cuda"):
         learner = small.learner("CODAPrompt", kd_method, device=device)
-        for role in learner.phases:
-            phase = learner.begin_phase(role, classes_of(0))
-            phase.begin_epoch(0)
+        for role in learner.roles:
+            training = learner.begin_training(role, classes_of(0))
+            training.begin_epoch(0)
             for seed in range(3):
-                phase.train_step(*(part.to(device) for part in batch_of(0, seed=seed)))
-        logits.append(learner.eval_step().logits(batch_of(0)[0].to(device), 2)["student"].cpu())
+                training.train_step(*(part.to(device) for part in batch_of(0, seed=seed)))
+        with torch.no_grad():
+            logits.append(learner.eval_step().logits(batch_of(0)[0].to(device), 2)["student"].cpu())
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-3)

@@ -7,15 +7,16 @@ import math
 import pytest
 import torch
 
+from learners.learner import TrainResult
 from learners.meter import LossMeter, NonFiniteError
-from utils.parallel import SingleDevice
+from utils.parallel import Parallel
 
 
 def meter_of(*gradients: float, check_gradient: bool = False, read_each: bool = False) -> LossMeter:
-    """One that was given steps with a loss of 1 and these gradients, on four images of which two were right."""
-    meter = LossMeter(SingleDevice(torch.device("cpu")), check_gradient=check_gradient)
+    """A meter that was given steps with a loss of 1 and these gradients, on four images of which two were right."""
+    meter = LossMeter(Parallel(torch.device("cpu")), check_gradient=check_gradient)
     for gradient in gradients:
-        meter.add({"loss": torch.ones(()), "correct": torch.tensor(2), "gradient": torch.tensor(gradient)}, 4)
+        meter.add(TrainResult(torch.ones(()), {}, torch.tensor(2), torch.tensor(gradient)), 4)
         if read_each:
             meter.read()
     meter.read()

@@ -1,6 +1,7 @@
-"""A run that is interrupted, wherever and however often, ends with the same bytes as one that is not."""
+"""A run that is killed at any moment ends, after the same command, with the same bytes."""
 
-import json
+from __future__ import annotations
+
 import logging
 import os
 import shutil
@@ -10,21 +11,23 @@ import pytest
 
 import run
 from learners import trainer
-from learners.prompt import Phase
+from learners.learner import TaskTraining
+from learners.steps import EvalStep
 from tests import runs
 from tests.runs import Killed
 from utils import checkpoint
+from utils.checkpoint import PREVIOUS_STATE, STATE
 
 PAIRS = {
     "CODAPrompt KD_Token": [],
     "DualPrompt ReviewKD": ["--prompt_param", 4, 4, 4, "--optimizer", "SGD"],
     "L2P none": ["--accumulate", 2],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def references(config, tmp_path_factory):
-    """What each run gives without interruption, made when first asked for."""
+    """The results of each run without interruption, made when first asked for."""
     cache = {}
 
     def reference(*flags):
@@ -47,7 +50,7 @@ def quick():
 class Interruption:
     """Ends a run at the n-th event: a step of training, a batch of evaluation, an operation on files.
 
-    Like a process that was killed it does nothing more, neither tidies up nor waits for anything.
+    Like a process that was killed it does nothing more: it neither cleans up nor waits for anything.
     """
 
     def __init__(self, monkeypatch):
@@ -55,9 +58,9 @@ class Interruption:
         self.dead = False
         self.log = []
         for owner, name, kind in (
-            (Phase, "train_step", "step"),
-            (trainer, "_counts", "evaluation"),
-            (checkpoint, "_write_beside", "write"),
+            (TaskTraining, "train_step", "step"),
+            (EvalStep, "forward", "evaluation"),
+            (checkpoint, "write_beside", "write"),
             (os, "replace", "replace"),
             (Path, "unlink", "unlink"),
         ):
@@ -89,7 +92,6 @@ class Interruption:
             return None
         finally:
             self.left, self.dead = None, False
-            checkpoint.RunLock._held.clear()
 
 
 def _at_once(executor, function, *args):
@@ -116,34 +118,38 @@ def test_killed_again_and_again(pair, config, references, tmp_path, monkeypatch)
 
 
 def test_no_epoch_is_lost(config, references, tmp_path, monkeypatch, caplog):
-    """Killed at the last of 24 steps, 2 tasks x 2 phases x 2 epochs x 3 steps: only its epoch is repeated."""
+    """Killed at the last of 24 steps, 2 tasks x 2 models x 2 epochs x 3 steps: only its epoch is repeated."""
     argv = runs.arguments(config, tmp_path / "run")
     interruption = Interruption(monkeypatch)
     assert interruption.main(argv, after=23, counted="step") is None
     with caplog.at_level(logging.INFO):
         assert interruption.main(argv) == 0
-    assert "Going on at task 2, student, epoch 2, step 1" in caplog.text
+    assert "Resuming at task 2, student, epoch 2, step 1" in caplog.text
     assert interruption.log.count("step") == 3
     assert runs.results(tmp_path / "run") == references()
 
 
-@pytest.mark.parametrize("moment", ["evaluation", "write", "replace"])
-def test_killed_at_the_end_of_a_task(moment, config, references, tmp_path, monkeypatch):
-    """In the evaluation; while its results are written; when the manifest counts but no file is in its place."""
-    argv = runs.arguments(config, tmp_path / "run")
+def test_killed_at_any_moment_of_the_end_of_a_task(config, references, tmp_path, monkeypatch):
+    """In the evaluation, while models and results are written, and before the state that follows them."""
     interruption = Interruption(monkeypatch)
-    assert interruption.main(argv, after=1, counted="evaluation") is None
-    if moment != "evaluation":  # the first commit of this call is that of the task's results
-        assert interruption.main(argv, after={"write": 4, "replace": 1}[moment], counted=moment) is None
+    start = runs.arguments(config, tmp_path / "start")
+    assert interruption.main(start, after=1, counted="evaluation") is None  # that of the second task
+    events = 0
+    while True:
+        folder = shutil.copytree(tmp_path / "start", tmp_path / f"run-{events}")
+        argv = runs.arguments(config, folder)
+        code = interruption.main(argv, after=events)
         assert interruption.log.count("step") == 0
-        assert interruption.log.count("evaluation") == 2
-    assert interruption.main(argv) == 0
-    assert interruption.log.count("step") == 0
-    assert runs.results(tmp_path / "run") == references()
+        if code == 0:
+            break
+        assert interruption.main(argv) == 0
+        assert runs.results(folder) == references(), events
+        events += 1
+    assert events > 10
 
 
 def test_in_another_folder_with_other_workers(config, references, tmp_path, monkeypatch):
-    """What may differ between two calls: where the folder is, the number of workers, how often losses are read."""
+    """Two calls may differ in the folder's place, the number of workers, and how often losses are read."""
     interruption = Interruption(monkeypatch)
     assert interruption.main(runs.arguments(config, tmp_path / "run"), after=15, counted="step") is None
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -152,56 +158,54 @@ def test_in_another_folder_with_other_workers(config, references, tmp_path, monk
     assert runs.results(tmp_path / "moved") == references()
 
 
-@pytest.fixture(scope="module")
-def died(config, tmp_path_factory):
-    """A run that died in the student's phase of the second task."""
-    folder = tmp_path_factory.mktemp("died") / "run"
-    with runs.quick(), pytest.MonkeyPatch.context() as patch:
-        interruption = Interruption(patch)
-        assert interruption.main(runs.arguments(config, folder), after=22, counted="step") is None
-    return folder
-
-
 class TestDamage:
+    @pytest.fixture(scope="class")
+    def died(self, config, tmp_path_factory):
+        """A run that died while it trained the student on the second task."""
+        folder = tmp_path_factory.mktemp("died") / "run"
+        with runs.quick(), pytest.MonkeyPatch.context() as patch:
+            interruption = Interruption(patch)
+            assert interruption.main(runs.arguments(config, folder), after=22, counted="step") is None
+        return folder
+
     @pytest.fixture
     def interrupted(self, died, tmp_path):
         return shutil.copytree(died, tmp_path / "run")
 
-    def newest(self, folder):
-        return folder / json.loads((folder / "manifest.json").read_text())["states"][0][0]
-
-    def test_damaged_state_falls_back_and_says_so(self, interrupted, config, references, capsys):
-        data = bytearray(self.newest(interrupted).read_bytes())
+    def test_a_flipped_bit_of_the_state(self, interrupted, config, references, capsys):
+        data = bytearray((interrupted / STATE).read_bytes())
         data[len(data) // 2] ^= 4
-        self.newest(interrupted).write_bytes(data)
-        with runs.quick():
-            assert run.main(runs.arguments(config, interrupted)) == 0
-        assert "is damaged" in capsys.readouterr().out
-        assert "going on from the state before it" in (interrupted / "output.log").read_text()
+        (interrupted / STATE).write_bytes(data)
+        assert run.main(runs.arguments(config, interrupted)) == 0
+        assert "newest.pth is damaged" in capsys.readouterr().out
+        assert "resuming from the state before it" in (interrupted / "output.log").read_text()
         assert runs.results(interrupted) == references()
 
-    @pytest.mark.parametrize("what", ["both states", "model", "args", "manifest", "lost manifest", "classes"])
-    def test_refused_and_nothing_changed(self, what, interrupted, config, capsys):
-        damage = {
-            "both states": ["state/a", "state/b"], "model": ["models/task-1/T_class.pth"], "args": ["args.yaml"],
-            "manifest": ["manifest.json"], "lost manifest": [], "classes": ["classes.json"],
-        }[what]  # fmt: skip
-        for name in damage:
+    @pytest.mark.parametrize(
+        ("names", "lost"),
+        [
+            ((STATE, PREVIOUS_STATE), False),
+            (("models/task-1/T_class.pth",), False),
+            (("models/task-1/S_class.pth",), True),
+            (("args.yaml",), False),
+            (("args.yaml",), True),
+            (("classes.json",), False),
+        ],
+    )
+    def test_refused_and_nothing_changed(self, names, lost, interrupted, config, capsys):
+        for name in names:
             path = interrupted / name
-            path.write_bytes(path.read_bytes()[:-3])
-        if what == "lost manifest":
-            (interrupted / "manifest.json").unlink()
+            path.unlink() if lost else path.write_bytes(path.read_bytes()[:-3])
         before = runs.snapshot(interrupted)
         assert run.main(runs.arguments(config, interrupted)) == 2
         error = capsys.readouterr().err
         assert error.startswith("run.py: error: ") and error.count("\n") == 1
-        assert (damage or ["manifest.json"])[0] in error
-        assert runs.snapshot(interrupted) == before
+        assert names[0] in error
+        assert {**runs.snapshot(interrupted), "output.log": b""} == {**before, "output.log": b""}
 
     def test_overwrite_moves_a_damaged_run_aside(self, interrupted, config, references):
-        (interrupted / "manifest.json").write_text("{}")
+        (interrupted / "args.yaml").write_text("{}")
         before = runs.snapshot(interrupted)
-        with runs.quick():
-            assert run.main(runs.arguments(config, interrupted, "--overwrite", 1)) == 0
+        assert run.main(runs.arguments(config, interrupted, "--overwrite", 1)) == 0
         assert runs.snapshot(interrupted.with_name("run.old-1")) == before
         assert runs.results(interrupted) == references()

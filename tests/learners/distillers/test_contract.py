@@ -1,4 +1,4 @@
-"""What every entry of the DISTILLERS table must keep to; a new method is tested without a line here."""
+"""The contract of every entry of the DISTILLERS table; a new method is tested without a line here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from dataloaders.tasks import ClassRange
 from learners.distillers import DISTILLERS
-from learners.distillers.base import DistillDims, Distiller, DistillSettings, kd_loss, task_cross_entropy
+from learners.distillers.base import DistillDims, Distiller, kd_loss, task_cross_entropy
 from models.prompted_model import ModelOutput
+from utils.config import DistillConfig
 
 CLASSES = 6
 CURRENT = ClassRange(2, 5)
@@ -26,12 +27,11 @@ def build(name: str, *, alpha: float = 0.5, depths: tuple[int, int] = (3, 3), se
     """A method for models of width 12 and 8 and these depths, teacher first."""
     torch.manual_seed(seed)
     dims = DistillDims(8, 12, depths[1], depths[0], CLASSES)
-    settings = DistillSettings(alpha, 2.0, prompt_layers=depths[1], prompt_length=4)
-    return DISTILLERS.load(name)(settings, dims)
+    return DISTILLERS.load(name)(DistillConfig(name, (depths[1], 4), alpha), dims)
 
 
 def output(dim: int, depth: int, seed: int) -> ModelOutput:
-    """What a model returns for four images."""
+    """A model's output for four images."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):

@@ -8,20 +8,21 @@ import pytest
 import torch
 
 from dataloaders.tasks import ClassRange
-from learners.distillers.base import DistillDims, DistillSettings, kd_loss
+from learners.distillers.base import DistillDims, kd_loss
 from learners.distillers.dkd import DKD, dkd_loss
 from learners.distillers.fitnets import FitNets
 from learners.distillers.kd_token import KDToken
 from learners.distillers.none import NoDistillation
 from learners.distillers.reviewkd import Fusion, ReviewKD
 from models.prompted_model import ModelOutput
+from utils.config import DistillConfig
 
 DIMS = DistillDims(student_dim=4, teacher_dim=6, student_depth=2, teacher_depth=3, num_classes=5)
 ALL = ClassRange(0, 5)
 
 
-def settings(alpha: float = 0.5, layers: int = 2) -> DistillSettings:
-    return DistillSettings(alpha, 2.0, prompt_layers=layers, prompt_length=4)
+def settings(alpha: float = 0.5, layers: int = 2, temperature: float = 2.0) -> DistillConfig:
+    return DistillConfig("", (layers, 4), alpha, temperature)
 
 
 def output(dim: int = 4, depth: int = 2) -> ModelOutput:
@@ -82,7 +83,7 @@ def test_dkd_of_a_single_class_is_nothing():
 def test_dkd_has_a_temperature_of_its_own():
     student, teacher, targets = output(), output(6, 3), torch.tensor([0, 1, 2])
     losses = [
-        DKD(settings()._replace(temperature=temperature), DIMS)(student, teacher, targets, ALL)["distill"]
+        DKD(settings(temperature=temperature), DIMS)(student, teacher, targets, ALL)["distill"]
         for temperature in (1.0, 2.0)
     ]
     assert losses[0] == losses[1]
