@@ -3,93 +3,38 @@
 #
 #     sh install_requirements.sh [--tests]
 #
-# --tests adds what the tests need. What is there in a recent enough version is left as it is; with nothing to
-# do it takes a fraction of a second. PYTHON=/path/to/python chooses another interpreter.
+# --tests adds what the tests need. Packages in a recent enough version stay as they are. PYTHON=/path/to/python
+# chooses another interpreter.
 set -eu
+fail() { echo "install_requirements.sh: $*" >&2 && exit 1; }
+
+folder=$(dirname -- "$0")
+case ${1:-} in
+"") set -- -r "$folder/requirements.txt" ;;
+--tests) set -- -r "$folder/requirements.txt" -r "$folder/tests/requirements.txt" ;;
+*) echo "install_requirements.sh: unknown argument $1; the only one is --tests" >&2 && exit 2 ;;
+esac
 
 python=${PYTHON:-}
-if [ -z "$python" ]; then
-    for candidate in "${VIRTUAL_ENV:-}/bin/python" "${CONDA_PREFIX:-}/bin/python" python python3; do
-        case $candidate in /bin/python) continue ;; esac # no environment of that kind is active
-        if "$candidate" -c '' 2>/dev/null; then
-            python=$candidate
-            break
-        fi
-    done
-fi
-if [ -z "$python" ]; then
-    echo "install_requirements.sh: no Python found; install Python 3.10 or later" >&2
-    exit 1
-fi
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-    echo "install_requirements.sh: $("$python" -V 2>&1) is too old; activate an environment with Python 3.10 or later" >&2
-    exit 1
-fi
+for candidate in "${VIRTUAL_ENV:-/nowhere}/bin/python" "${CONDA_PREFIX:-/nowhere}/bin/python" python python3; do
+    if [ -z "$python" ] && "$candidate" -c '' 2>/dev/null; then python=$candidate; fi
+done
+[ -n "$python" ] || fail "no Python found; install Python 3.10 or later"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+    fail "Python 3.10 or later is needed, not $python ($("$python" -V 2>&1)); activate another environment"
 
-# One package a line: name, lowest version that serves, tested version ("-": pip may choose the newest).
-# torch, torchvision and timm are pinned, as they decide the numbers.
-packages="
-torch       2.4   2.14.1
-torchvision 0.19  0.29.1
-timm        1.0.9 1.0.31
-numpy       1.24  -
-PyYAML      6.0   -
-tqdm        4.60  -
-Pillow      9.4   -
-safetensors 0.4   -
-matplotlib  3.6   -
-"
-if [ "${1:-}" = "--tests" ]; then
-    packages="$packages
-pytest      7.4   -
-ruff        0.4   -
-"
-elif [ $# -gt 0 ]; then
-    echo "install_requirements.sh: unknown argument $1; the only one is --tests" >&2
-    exit 2
-fi
+# Without an index and without pip's settings this succeeds only where nothing is missing.
+if PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS='' "$python" -m pip install -q --no-index "$@" 2>/dev/null; then exit; fi
 
-# Prints pip's arguments, one a line: nothing when all is there. Reading the versions imports no package.
-wanted=$("$python" - "$packages" <<'PYTHON'
-import re
-import sys
-from importlib import metadata
-
-keep, missing = [], []
-for line in sys.argv[1].split("\n"):
-    if not line.strip():
-        continue
-    name, lowest, tested = line.split()
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        version = None
-    numbers = [int(number) for number in re.findall(r"\d+", (version or "0").split("+")[0])]
-    if version and numbers >= [int(number) for number in lowest.split(".")]:
-        keep.append("%s==%s" % (name, version))
-    else:
-        missing.append((name, lowest, tested))
-if missing:
-    # torchvision has to fit the torch that stays, so then pip chooses its version.
-    keeps_torch = any(kept.startswith("torch==") for kept in keep)
-    for name, lowest, tested in missing:
-        pinned = tested != "-" and not (name == "torchvision" and keeps_torch)
-        print("%s==%s" % (name, tested) if pinned else "%s>=%s" % (name, lowest))
-    print("\n".join(keep))
-PYTHON
-)
-[ -n "$wanted" ] || exit 0
-
-if ! "$python" -m pip --version >/dev/null 2>&1 && ! "$python" -m ensurepip >/dev/null 2>&1; then
-    echo "install_requirements.sh: $python has no pip; install it (Debian: apt install python3-pip)" >&2
-    exit 1
-fi
+"$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 ||
+    fail "$python has no pip; install it (Debian: apt install python3-pip)"
+# torch, torchvision and timm decide the numbers: where they are missing, pip gets the tested versions. An installed
+# torch stays, and torchvision is chosen to fit it.
+pins=$("$python" -m pip list --format=freeze | grep -E '^(torch|timm)==' || true)
+case $pins in *torch==*) ;; *) pins="$pins torch==2.14.1 torchvision==0.29.1" ;; esac
+case $pins in *timm==*) ;; *) pins="$pins timm==1.0.31" ;; esac
 echo "Installing packages with $python (several GB and some minutes the first time) ..."
-# The list is split at its line ends: no requirement contains a space.
-# shellcheck disable=SC2086
-if ! "$python" -m pip install --disable-pip-version-check --no-input --root-user-action=ignore \
-    $wanted </dev/null; then
-    echo "install_requirements.sh: pip could not install the packages; see its message above. Without network," \
-        "install them from local files and run this again." >&2
-    exit 1
-fi
+# shellcheck disable=SC2086 # one word for each pin
+"$python" -m pip install --disable-pip-version-check --no-input --root-user-action=ignore "$@" $pins </dev/null ||
+    fail "pip could not install the packages; see its message above. An installed torch or timm is not replaced: if it" \
+        "is too old, upgrade it yourself or use another environment."

@@ -4,10 +4,8 @@
 #
 #     bash experiments/quickstart.sh [--random_s 2] [--KD_method none] [--log_dir FOLDER] ...
 set -eu
-. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+. "$(dirname -- "$0")/_setup.sh"
 set_up
-
 exec "$PYTHON" -u "$root/run.py" --config "$root/configs/emoji-r_prompt.yaml" \
-    --learner_type prompt --learner_name CODAPrompt --prompt_param 100 8 0.0 \
-    --KD_method KD_Token --kd_prompt_param 4 6 \
-    --log_dir "$root/outputs/quickstart" "$@"
+    --log_dir "$root/outputs/quickstart" --learner_type prompt --learner_name CODAPrompt --prompt_param 100 8 0.0 \
+    --KD_method KD_Token --kd_prompt_param 4 6 "$@"

@@ -2,8 +2,7 @@
 # Sets up what is missing, then runs the tests: bash tests/run.sh [pytest arguments]. Paths are relative to the
 # project's folder.
 set -eu
-. "$(dirname "${BASH_SOURCE[0]}")/../experiments/setup.sh"
+. "$(dirname -- "$0")/../experiments/_setup.sh"
 set_up --tests
-
-cd "$root"
+cd -- "$root"
 exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,150 @@
+"""Run the paper's table for one data set; ``bash experiments/table.sh --help`` explains the options."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from learners.check import load_checked_config
+from utils.checkpoint import check_settings, is_finished
+from utils.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ["none", "KD", "DKD", "FitNets", "ReviewKD"]
+PAPER = {"kd": [*METHODS, "KD_Token:1,6", "KD_Token:12,6"], "pairs": ["base-small", "large-base"]}
+DATASETS = {
+    "cifar-100": {"config": "configs/cifar-100_prompt.yaml", **PAPER},
+    "imagenet-r": {"config": "configs/imnet-r_prompt.yaml", **PAPER},
+    "emoji-r": {"config": "configs/emoji-r_prompt.yaml", "kd": [*METHODS, "KD_Token:4,6"], "pairs": ["mini"]},
+}
+PAIRS = {
+    "base-small": "--t_model vit_base_patch16_224 --s_model vit_small_patch16_224",
+    "large-base": "--t_model vit_large_patch16_224 --s_model vit_base_patch16_224 --batch_size 32",
+    "mini": "--t_model mini_vit_base --s_model mini_vit_small",
+}
+REFUSED = {
+    "--learners": ["--learner_type", "--learner_name", "--prompt_param"],
+    "--kd": ["--KD_method", "--kd_prompt_param", "--teacher_from"],
+    "--pairs": ["--t_model", "--s_model"],
+    "--seeds": ["--random_s", "--repeat"],
+    "--out": ["--log_dir", "--overwrite"],
+    "DATASET": ["--config", "--dataset"],
+    "run.py itself": ["--check_data", "--eval_only", "--export", "--predict"],
+}
+"""What to use instead -> flags of ``run.py`` that the table sets for each run, or that train nothing."""
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split a command line into the options, with defaults filled in, and the flags that are added to each run."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser("table.sh", usage="bash experiments/table.sh --help", allow_abbrev=False)
+    parser.add_argument("dataset", choices=DATASETS)
+    parser.add_argument("--learners", nargs="+", default=["CODAPrompt", "DualPrompt", "L2P"])
+    parser.add_argument("--kd", nargs="+")
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    options, more = parser.parse_args(argv[:split]), argv[split + 1 :]
+    dataset = DATASETS[options.dataset]
+    options.kd, options.pairs = options.kd or dataset["kd"], options.pairs or dataset["pairs"]
+    options.out = (options.out or ROOT / "outputs/table" / options.dataset).absolute()
+    for method in options.kd:
+        if ":" in method and method.partition(":")[0] in METHODS:
+            parser.error(f"--kd {method}: this method takes no parameter, write --kd {method.partition(':')[0]}")
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    for flag, (instead, refused) in itertools.product(more, REFUSED.items()):
+        if flag.partition("=")[0] in refused:
+            parser.error(f"{flag} cannot follow --: use {instead} for that")
+    return options, more
+
+
+def list_runs(options: argparse.Namespace, more: list[str]) -> dict[Path, list[str]]:
+    """List all runs of the table: folder -> flags, without the teacher."""
+    runs = {}
+    # All learners come before the next method: with several jobs its teachers are trained by then.
+    for seed, pair, kd, learner in itertools.product(options.seeds, options.pairs, options.kd, options.learners):
+        method, *param = kd.replace(":", ",").split(",")
+        folder = options.out / pair / learner / "-".join([method, *param]) / f"seed-{seed}"
+        flags = ["--config", str(ROOT / DATASETS[options.dataset]["config"]), "--dataroot", str(ROOT / "data")]
+        flags += ["--learner_type", "prompt", "--learner_name", learner, *PAIRS[pair].split(), "--random_s", str(seed)]
+        flags += ["--KD_method", method, *(["--kd_prompt_param", *param] if param else [])]
+        runs[folder] = [*flags, "--log_dir", str(folder), *more]
+    return runs
+
+
+def check(runs: dict[Path, list[str]]) -> dict[Path, list[str]]:
+    """Check all runs as ``run.py`` would and return the unfinished ones; exit if any would be refused."""
+    problems, unfinished = {}, {}
+    for folder, flags in runs.items():
+        try:
+            config = load_checked_config(flags)
+            check_settings(config)
+            if is_finished(config):
+                print(f"{folder}: finished before")
+            else:
+                unfinished[folder] = flags
+        except ConfigError as error:
+            problems = {**dict.fromkeys(error.problems, folder), **problems}
+    for problem, folder in problems.items():
+        print(f"table.sh: {folder}: {problem}", file=sys.stderr)
+    if problems:
+        sys.exit(2)
+    return unfinished
+
+
+def shared_teacher(folder: Path) -> list[str]:
+    """The ``--teacher_from`` that names the run with this learner and seed that has trained most of the teacher."""
+    others = [other for other in folder.parents[1].glob(f"*/{folder.name}") if other != folder]
+    tasks = {other: len(list(other.glob("models/*/T_class.pth"))) for other in others}
+    best = max(tasks, key=tasks.__getitem__, default=None)
+    return ["--teacher_from", str(best)] if best and tasks[best] and folder.parent.name != "none" else []
+
+
+def execute(folder: Path, flags: list[str], quiet: bool) -> bool:
+    """Execute one run, print how it ended, and return whether it was successful."""
+    command = [sys.executable, "-u", str(ROOT / "run.py"), *flags, *shared_teacher(folder)]
+    code = subprocess.run(command, stdout=subprocess.DEVNULL if quiet else None, check=False).returncode
+    if code == 0:
+        print(f"{folder}: accuracy {(folder / 'Results/acc_s.csv').read_text().split()[-1]} %")
+    else:
+        advice = "correct what is said above first" if code == 2 else "run the same command again to resume"
+        print(f"table.sh: {folder} stopped with exit code {code}: {advice}", file=sys.stderr)
+    return code == 0
+
+
+def main(argv: list[str]) -> int:
+    """Run the table of a command line; return the exit code."""
+    options, more = parse(argv)
+    quiet = options.jobs > 1
+    if quiet:  # several runs with progress bars, or with a thread for every core each, disturb one another
+        more.append("--no_progress")
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    runs = check(list_runs(options, more))
+    stopped = threading.Event()
+
+    def work(folder: Path) -> None:
+        if not stopped.is_set() and not execute(folder, runs[folder], quiet):
+            stopped.set()
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        try:
+            list(pool.map(work, runs))
+        except KeyboardInterrupt:  # the runs get it as well, and save
+            stopped.set()
+    # From the folder of the runs, so that the report names them relative to it.
+    command = [sys.executable, "-m", "utils.report", ".", "--out", "report"]
+    code = subprocess.run(command, cwd=options.out, check=False).returncode
+    return 1 if stopped.is_set() else code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
