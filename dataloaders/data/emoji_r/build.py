@@ -1,27 +1,25 @@
-"""Rebuild Emoji-R bit for bit from its npm sources, and the base classes for pre-training.
+"""Rebuild the pictures of Emoji-R bit for bit from their npm sources, and the base classes for pre-training.
 
     cp dataloaders/data/emoji_r/package*.json DIR && (cd DIR && npm ci)
     pip install -r dataloaders/data/emoji_r/requirements.txt
     python dataloaders/data/emoji_r/build.py --node_modules DIR/node_modules --out NEW_DIR [--base base.npz]
+    sha256sum NEW_DIR/images.zip && cat dataloaders/data/emoji_r/SHA256SUMS
 
-Writes ``images.zip`` and ``index.json`` to ``--out`` and compares them with ``SHA256SUMS`` beside this
-script (exit code 1 if they differ; ``--write_checksums`` records them instead). ``--base`` also writes
-the renditions of the base classes, which only pre-training uses and which the repository does not hold:
-``images`` uint8 [n, 64, 64, 4] (straight alpha), ``labels`` int64 [n], ``names`` and ``codepoints``
-[classes], ``sets`` [n].
+``index.json`` beside this script is the choice of classes and of test pictures: 200 emoji drawn at random with at
+least 8 renditions, none with a median correlation above 0.8 to another one, and whole artist families, 3 renditions
+of each class, drawn as test pictures. This script renders what it lists into ``NEW_DIR/images.zip``. ``--base`` also
+writes the renditions of all other emoji that look like none of them: ``images`` uint8 [n, 64, 64, 4] (straight
+alpha), ``labels`` int64 [n], ``names`` and ``codepoints`` [classes], ``sets`` [n].
 
-Every step is exact integer or correctly rounded arithmetic (or a pinned wheel's), so that the selection
-and the pixels do not depend on the machine.
+Every step is exact integer or correctly rounded arithmetic (or a pinned wheel's), so that the pixels do not depend on
+the machine.
 """
 
 import argparse
 import collections
-import hashlib
 import io
 import json
-import logging
 import re
-import sys
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -32,50 +30,32 @@ import resvg_py
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
-LOG = logging.getLogger("emoji_r")
 HERE = Path(__file__).resolve().parent
 
 SIZE = 64
 MARGIN = 2  # pixels left free on the longer side
 RENDER_SIZE = 128  # SVGs are rendered at twice the final size, then cropped to their ink and reduced
 INK = (34, 34, 34)  # the colour of monochrome sets
-SEED = 0
-
-NUM_NOVEL = 200
-MIN_RENDITIONS = 8
-TEST_RENDITIONS = 3
 MAX_CORRELATION = 0.8
 MIN_SHARED_SETS = 3  # a median correlation over fewer sets says nothing
-# Faces, people and signs are many and alike: cap them, so that most novel classes are things.
-GROUP_CAPS = {"Smileys & Emotion": 20, "People & Body": 25, "Symbols": 10}
-
-
-class Source(NamedTuple):
-    """A set of renditions; sets of one ``family`` are the work of the same artists."""
-
-    name: str
-    package: str
-    family: str
-
 
 FONT_SET = "noto-emoji-font"
-FONT_FILE = "400Regular/NotoEmoji_400Regular.ttf"
-SOURCES = (
-    Source("twemoji", "@iconify-json/twemoji", "twemoji"),
-    Source("noto", "@iconify-json/noto", "noto"),
-    Source("noto-v1", "@iconify-json/noto-v1", "noto-v1"),
-    Source("fxemoji", "@iconify-json/fxemoji", "fxemoji"),
-    Source("emojione", "@iconify-json/emojione", "emojione"),
-    Source("emojione-monotone", "@iconify-json/emojione-monotone", "emojione"),
-    Source("fluent-emoji-flat", "@iconify-json/fluent-emoji-flat", "fluent"),
-    Source("fluent-emoji-high-contrast", "@iconify-json/fluent-emoji-high-contrast", "fluent"),
-    Source("streamline-emojis", "@iconify-json/streamline-emojis", "streamline"),
-    Source(FONT_SET, "@expo-google-fonts/noto-emoji", "noto"),
+FONT_FILE = "@expo-google-fonts/noto-emoji/400Regular/NotoEmoji_400Regular.ttf"
+ICON_SETS = (
+    "twemoji",
+    "noto",
+    "noto-v1",
+    "fxemoji",
+    "emojione",
+    "emojione-monotone",
+    "fluent-emoji-flat",
+    "fluent-emoji-high-contrast",
+    "streamline-emojis",
 )
-FAMILY = {source.name: source.family for source in SOURCES}
 
-ZODIAC = set("Aries Taurus Gemini Cancer Leo Virgo Libra Scorpio Sagittarius Capricorn Aquarius Pisces "
-             "Ophiuchus".split())
+ZODIAC = set(
+    "Aries Taurus Gemini Cancer Leo Virgo Libra Scorpio Sagittarius Capricorn Aquarius Pisces Ophiuchus".split()
+)
 # Flags, keycaps, clocks, arrows and plain shapes by name; plain shapes include what is only a sign:
 # letters on a button, mathematical and punctuation marks, hearts that differ in colour, moon phases.
 EXCLUDED = re.compile(
@@ -86,11 +66,13 @@ EXCLUDED = re.compile(
 )
 KEPT = {"red heart", "broken heart", "anatomical heart", "crescent moon", "moon cake"}
 
+Catalogue = dict[str, "Emoji"]
+Renditions = dict[str, dict[str, np.ndarray]]  # code point key -> set -> uint8 [64, 64, 4], straight alpha
+
 
 class Emoji(NamedTuple):
-    """A class: its Unicode name, its group, and its code points as ``1f1e6-1f1e8`` without variation."""
+    """A class: its Unicode name and its group."""
 
-    key: str
     name: str
     group: str
 
@@ -104,19 +86,18 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def load_catalogue(node_modules: Path) -> dict[str, Emoji]:
+def load_catalogue(node_modules: Path) -> Catalogue:
     """All emoji of Unicode, in Unicode's order, by code point key."""
     data = read_json(node_modules / "unicode-emoji-json" / "data-by-emoji.json")
-    catalogue = {}
-    for text, entry in data.items():
-        key = codepoint_key([f"{ord(char):x}" for char in text])
-        catalogue[key] = Emoji(key, entry["name"], entry["group"])
-    return catalogue
+    return {
+        codepoint_key([f"{ord(char):x}" for char in text]): Emoji(entry["name"], entry["group"])
+        for text, entry in data.items()
+    }
 
 
-def is_eligible(emoji: Emoji) -> bool:
+def is_eligible(key: str, emoji: Emoji) -> bool:
     """Whether the emoji shows a thing: no flag, skin tone, keycap, clock, arrow, plain shape, zodiac, ZWJ."""
-    points = emoji.key.split("-")
+    points = key.split("-")
     if emoji.group in ("Flags", "Component") or emoji.name in ZODIAC or "200d" in points:
         return False
     if any(0x1F3FB <= int(point, 16) <= 0x1F3FF for point in points):
@@ -135,7 +116,6 @@ class IconSet:
 
     def __init__(self, folder: Path):
         data = read_json(folder / "icons.json")
-        chars = folder / "chars.json"
         self.icons: dict[str, dict] = data["icons"]
         # An alias may also turn or mirror its parent; those are other pictures, and are left out.
         self.aliases = {
@@ -143,36 +123,31 @@ class IconSet:
             for name, entry in data.get("aliases", {}).items()
             if set(entry) == {"parent"} and entry["parent"] in self.icons
         }
-        self.chars: dict[str, str] = read_json(chars) if chars.exists() else {}
-        self.width, self.height = data.get("width", 16), data.get("height", 16)
+        chars = read_json(folder / "chars.json") if (folder / "chars.json").exists() else {}
+        self.key_names = [(codepoint_key(points.split("-")), name) for points, name in chars.items()]
+        self.box = {"left": 0, "top": 0, "width": data.get("width", 16), "height": data.get("height", 16)}
 
     def svg(self, name: str) -> str:
-        icon = self.icons[name]
-        box = (icon.get("left", 0), icon.get("top", 0), icon.get("width", self.width),
-               icon.get("height", self.height))
-        colour = "#" + bytes(INK).hex()
+        icon = {**self.box, **self.icons[name]}
         return (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{box[0]} {box[1]} {box[2]} {box[3]}" width="{RENDER_SIZE}" height="{RENDER_SIZE}" '
-            f'color="{colour}">{icon["body"]}</svg>'
+            f'viewBox="{icon["left"]} {icon["top"]} {icon["width"]} {icon["height"]}" width="{RENDER_SIZE}" '
+            f'height="{RENDER_SIZE}" color="#{bytes(INK).hex()}">{icon["body"]}</svg>'
         )
 
 
-def name_table(catalogue: dict[str, Emoji], sets: dict[str, IconSet]) -> dict[str, str]:
+def name_table(catalogue: Catalogue, sets: dict[str, IconSet]) -> dict[str, str]:
     """Squashed name -> code point key, by vote: emoji name, character name, names in other sets."""
     votes: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for key, emoji in catalogue.items():
         votes[squash(emoji.name)][key] += 100
-        if "-" not in key:
-            character_name = unicodedata.name(chr(int(key, 16)), None)
-            if character_name:
-                votes[squash(character_name)][key] += 10
+        character_name = "" if "-" in key else unicodedata.name(chr(int(key, 16)), "")
+        if character_name:
+            votes[squash(character_name)][key] += 10
     for icons in sets.values():
-        key_of = {}
-        for points, name in icons.chars.items():
-            key = codepoint_key(points.split("-"))
+        key_of = {name: key for key, name in icons.key_names if key in catalogue}
+        for key, name in icons.key_names:
             if key in catalogue:
-                key_of[name] = key
                 votes[squash(name)][key] += 3
         for alias, parent in icons.aliases.items():
             if parent in key_of:
@@ -185,18 +160,16 @@ def name_table(catalogue: dict[str, Emoji], sets: dict[str, IconSet]) -> dict[st
     return table
 
 
-def match_icons(icons: IconSet, catalogue: dict[str, Emoji], names: dict[str, str]) -> dict[str, str]:
+def match_icons(icons: IconSet, catalogue: Catalogue, names: dict[str, str]) -> dict[str, str]:
     """Code point key -> icon name for one set, by code point where the set has them, else by name."""
     matched: dict[str, str] = {}
-    for points, name in icons.chars.items():
-        key = codepoint_key(points.split("-"))
+    for key, name in icons.key_names:
         target = name if name in icons.icons else icons.aliases.get(name)
         if key in catalogue and target:
             matched.setdefault(key, target)
-    if icons.chars:
+    if icons.key_names:
         return matched
-    candidates = [(name, name) for name in icons.icons] + list(icons.aliases.items())
-    for name, target in candidates:
+    for name, target in [*((name, name) for name in icons.icons), *icons.aliases.items()]:
         # Numbered variants of one emoji (streamline's "cloud-1"): take the first.
         key = names.get(squash(name)) or names.get(squash(re.sub(r"-1$", "", name)))
         if key:
@@ -204,8 +177,8 @@ def match_icons(icons: IconSet, catalogue: dict[str, Emoji], names: dict[str, st
     return matched
 
 
-def fit(image: Image.Image) -> Image.Image | None:
-    """Crop RGBA to its ink and centre it in SIZE x SIZE; None for an empty picture."""
+def fit(image: Image.Image) -> np.ndarray | None:
+    """Crop RGBA to its ink and centre it in uint8 [SIZE, SIZE, 4]; None for an empty picture."""
     box = image.getchannel("A").point(lambda alpha: 255 if alpha > 16 else 0).getbbox()
     if box is None:
         return None
@@ -217,13 +190,12 @@ def fit(image: Image.Image) -> Image.Image | None:
     image = image.resize((width, height), Image.Resampling.HAMMING)
     canvas = Image.new("RGBA", (SIZE, SIZE))
     canvas.paste(image, ((SIZE - width) // 2, (SIZE - height) // 2))
-    return canvas
+    return np.asarray(canvas)
 
 
 def render_svg(svg: str) -> Image.Image:
-    png = bytes(resvg_py.svg_to_bytes(
-        svg_string=svg, width=RENDER_SIZE, height=RENDER_SIZE, skip_system_fonts=True))
-    return Image.open(io.BytesIO(png)).convert("RGBA")
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=RENDER_SIZE, height=RENDER_SIZE, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
 def render_glyph(char: str, font: ImageFont.FreeTypeFont) -> Image.Image:
@@ -232,33 +204,20 @@ def render_glyph(char: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     return Image.merge("RGBA", [Image.new("L", ink.size, level) for level in INK] + [ink])
 
 
-Renditions = dict[str, dict[str, np.ndarray]]  # code point key -> set -> uint8 [64, 64, 4], straight alpha
-
-
-def render_all(node_modules: Path, catalogue: dict[str, Emoji]) -> Renditions:
+def render_all(node_modules: Path, catalogue: Catalogue) -> Renditions:
     """All renditions of the eligible emoji; pictures that are empty are left out."""
-    eligible = [emoji.key for emoji in catalogue.values() if is_eligible(emoji)]
-    renditions: Renditions = {key: {} for key in eligible}
-    sets = {source.name: IconSet(node_modules / source.package)
-            for source in SOURCES if source.name != FONT_SET}
+    renditions: Renditions = {key: {} for key, emoji in catalogue.items() if is_eligible(key, emoji)}
+    sets = {name: IconSet(node_modules / "@iconify-json" / name) for name in ICON_SETS}
     names = name_table(catalogue, sets)
-    for set_name, icons in sets.items():
-        matched = match_icons(icons, catalogue, names)
-        for key in eligible:
-            image = fit(render_svg(icons.svg(matched[key]))) if key in matched else None
-            if image is not None:
-                renditions[key][set_name] = np.asarray(image)
-        LOG.info("%-28s %4d of %d icons matched, %4d eligible", set_name, len(matched), len(icons.icons),
-                 sum(set_name in found for found in renditions.values()))
-    path = node_modules / SOURCES[-1].package / FONT_FILE
-    glyphs = TTFont(path).getBestCmap()
-    font = ImageFont.truetype(path, 200, layout_engine=ImageFont.Layout.BASIC)
-    for key in eligible:
-        if "-" in key or int(key, 16) not in glyphs:
-            continue
-        image = fit(render_glyph(chr(int(key, 16)), font))
-        if image is not None:
-            renditions[key][FONT_SET] = np.asarray(image)
+    matched = {name: match_icons(icons, catalogue, names) for name, icons in sets.items()}
+    font = ImageFont.truetype(node_modules / FONT_FILE, 200, layout_engine=ImageFont.Layout.BASIC)
+    glyphs = TTFont(node_modules / FONT_FILE).getBestCmap()
+    for key, found in renditions.items():
+        images = {name: render_svg(sets[name].svg(icons[key])) for name, icons in matched.items() if key in icons}
+        if "-" not in key and int(key, 16) in glyphs:
+            images[FONT_SET] = render_glyph(chr(int(key, 16)), font)
+        fitted = {name: fit(image) for name, image in images.items()}
+        found.update({name: image for name, image in fitted.items() if image is not None})
     return renditions
 
 
@@ -281,141 +240,60 @@ def correlations(images: np.ndarray) -> np.ndarray:
 
 
 def median_correlations(keys: list[str], renditions: Renditions) -> np.ndarray:
-    """Median over the shared sets of the correlation of two classes [n, n]; -1 where too few are shared."""
-    stacked = np.full((len(SOURCES), len(keys), len(keys)), np.nan)
-    for layer, source in enumerate(SOURCES):
-        present = [i for i, key in enumerate(keys) if source.name in renditions[key]]
-        images = np.stack([on_white(renditions[keys[i]][source.name]) for i in present])
-        stacked[layer][np.ix_(present, present)] = correlations(images)
-    stacked.sort(axis=0)  # NaN goes last
-    shared = (~np.isnan(stacked)).sum(0)
-    low = np.take_along_axis(stacked, np.maximum((shared - 1) // 2, 0)[None], 0)[0]
-    high = np.take_along_axis(stacked, np.maximum(shared // 2, 0).clip(max=len(SOURCES) - 1)[None], 0)[0]
-    median = np.where(shared >= MIN_SHARED_SETS, (low + high) / 2, -1.0)
-    np.fill_diagonal(median, -1.0)
-    return median
+    """Median over the shared sets of the correlation of two classes [n, n]; NaN where too few are shared."""
+    stacked = np.full((len(ICON_SETS) + 1, len(keys), len(keys)), np.nan)
+    for layer, name in zip(stacked, [*ICON_SETS, FONT_SET], strict=True):
+        present = [i for i, key in enumerate(keys) if name in renditions[key]]
+        images = np.stack([on_white(renditions[keys[i]][name]) for i in present])
+        layer[np.ix_(present, present)] = correlations(images)
+    few = (~np.isnan(stacked)).sum(0) < MIN_SHARED_SETS
+    stacked[:, few] = np.nan
+    return np.nanmedian(stacked, axis=0)
 
 
-def split_renditions(sets: list[str], rng: np.random.RandomState) -> set[str] | None:
-    """Draw whole families until exactly TEST_RENDITIONS sets are test sets; None if no draw can."""
-    families: dict[str, list[str]] = {}
-    for name in sets:
-        families.setdefault(FAMILY[name], []).append(name)
-    for _ in range(20):
-        test: list[str] = []
-        for family in rng.permutation(sorted(families)):
-            if len(test) + len(families[family]) <= TEST_RENDITIONS:
-                test += families[family]
-        if len(test) == TEST_RENDITIONS:
-            return set(test)
-    return None
-
-
-def choose_novel(catalogue: dict[str, Emoji], renditions: Renditions, similar: np.ndarray,
-                 keys: list[str], rng: np.random.RandomState) -> dict[str, set[str]]:
-    """Draw the novel classes: code point key -> test sets, in label order."""
-    groups: collections.Counter = collections.Counter()
-    novel: dict[str, set[str]] = {}
-    taken: list[int] = []
-    candidates = [i for i, key in enumerate(keys) if len(renditions[key]) >= MIN_RENDITIONS]
-    for i in rng.permutation(candidates):
-        emoji = catalogue[keys[i]]
-        if any(similar[i, j] > MAX_CORRELATION for j in taken):
-            continue
-        taken.append(i)
-        if len(novel) == NUM_NOVEL or groups[emoji.group] >= GROUP_CAPS.get(emoji.group, len(keys)):
-            continue
-        test = split_renditions(list(renditions[emoji.key]), rng)
-        if test is not None:
-            groups[emoji.group] += 1
-            novel[emoji.key] = test
-    LOG.info("%d candidates with %d renditions, %d distinct, %d novel: %s", len(candidates), MIN_RENDITIONS,
-             len(taken), len(novel), dict(groups))
-    order = rng.permutation(list(novel))
-    return {str(key): novel[key] for key in order}
-
-
-def write_novel(folder: Path, catalogue: dict[str, Emoji], renditions: Renditions,
-                novel: dict[str, set[str]]) -> None:
-    """Write images.zip (stored, sorted, fixed time stamps) and index.json."""
-    images, blobs = [], {}
-    for label, (key, test) in enumerate(novel.items()):
-        for set_name in sorted(renditions[key]):
-            name = f"{label:03d}/{set_name}.webp"
+def write_images(path: Path, images: list[dict], keys: list[str], renditions: Renditions) -> None:
+    """Write images.zip (stored, sorted, fixed time stamps)."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for image in sorted(images, key=lambda image: image["file"]):
             buffer = io.BytesIO()
-            Image.fromarray(on_white(renditions[key][set_name])).save(
-                buffer, "WEBP", lossless=True, quality=75, method=4)  # effort: more costs minutes for 2 %
-            blobs[name] = buffer.getvalue()
-            images.append({"file": name, "label": label, "set": set_name,
-                           "split": "test" if set_name in test else "train"})
-    with zipfile.ZipFile(folder / "images.zip", "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(blobs):
-            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            rendition = Image.fromarray(on_white(renditions[keys[image["label"]]][image["set"]]))
+            rendition.save(buffer, "WEBP", lossless=True, quality=75, method=4)  # more costs minutes for 2 %
+            entry = zipfile.ZipInfo(image["file"], (1980, 1, 1, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o644 << 16
-            archive.writestr(entry, blobs[name])
-    classes = [json.dumps({"name": catalogue[key].name, "codepoint": key}, ensure_ascii=False)
-               for key in novel]
-    rows = [json.dumps(image) for image in images]
-    text = '{"classes": [\n' + ",\n".join(classes) + '\n],\n"images": [\n' + ",\n".join(rows) + "\n]}\n"
-    (folder / "index.json").write_text(text, encoding="utf-8", newline="\n")
-    splits = collections.Counter(image["split"] for image in images)
-    LOG.info("novel: %s; archive of %d bytes", dict(splits), (folder / "images.zip").stat().st_size)
+            archive.writestr(entry, buffer.getvalue())
 
 
-def write_base(path: Path, catalogue: dict[str, Emoji], renditions: Renditions, keys: list[str]) -> None:
-    """Write the base classes' renditions for pre-training."""
-    rows = [(label, name) for label, key in enumerate(keys) for name in sorted(renditions[key])]
+def write_base(path: Path, catalogue: Catalogue, renditions: Renditions, novel: list[str]) -> None:
+    """Write the base classes' renditions: from one that looks like a novel class, that class would be learned."""
+    keys = [key for key, found in renditions.items() if found]
+    alike = (median_correlations(keys, renditions)[:, [keys.index(key) for key in novel]] > MAX_CORRELATION).any(1)
+    base = [key for key, excluded in zip(keys, alike, strict=True) if key not in novel and not excluded]
+    rows = [(label, name) for label, key in enumerate(base) for name in sorted(renditions[key])]
     np.savez(
         path,
-        images=np.stack([renditions[keys[label]][name] for label, name in rows]),
+        images=np.stack([renditions[base[label]][name] for label, name in rows]),
         labels=np.array([label for label, _ in rows], np.int64),
         sets=np.array([name for _, name in rows]),
-        names=np.array([catalogue[key].name for key in keys]),
-        codepoints=np.array(keys),
+        names=np.array([catalogue[key].name for key in base]),
+        codepoints=np.array(base),
     )
-    LOG.info("base: %d classes, %d images", len(keys), len(rows))
 
 
-def checksums(folder: Path) -> str:
-    """The contents of SHA256SUMS for the two files that are built."""
-    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
-             for name in ("images.zip", "index.json")]
-    return "".join(lines)
-
-
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--node_modules", type=Path, required=True, help="what `npm ci` installed")
-    parser.add_argument("--out", type=Path, required=True, help="folder for images.zip and index.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for images.zip")
     parser.add_argument("--base", type=Path, help="also write the base classes to this .npz")
-    parser.add_argument("--write_checksums", action="store_true",
-                        help="record SHA256SUMS instead of checking it")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args.out.mkdir(parents=True, exist_ok=True)
-    rng = np.random.RandomState(SEED)
-
+    index = read_json(HERE / "index.json")
+    novel = [entry["codepoint"] for entry in index["classes"]]
     catalogue = load_catalogue(args.node_modules)
     renditions = render_all(args.node_modules, catalogue)
-    keys = [key for key, found in renditions.items() if found]
-    similar = median_correlations(keys, renditions)
-    novel = choose_novel(catalogue, renditions, similar, keys, rng)
-    write_novel(args.out, catalogue, renditions, novel)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_images(args.out / "images.zip", index["images"], novel, renditions)
     if args.base:
-        rows = [i for i, key in enumerate(keys) if key in novel]
-        # A base class that looks like a novel class would let pre-training see the novel class.
-        base = [key for i, key in enumerate(keys)
-                if key not in novel and not (similar[i, rows] > MAX_CORRELATION).any()]
-        write_base(args.base, catalogue, renditions, base)
-
-    if args.write_checksums:
-        (HERE / "SHA256SUMS").write_text(checksums(args.out), newline="\n")
-    elif checksums(args.out) != (HERE / "SHA256SUMS").read_text():
-        LOG.error("the result differs from SHA256SUMS: check the versions in requirements.txt and "
-                  "package-lock.json")
-        return 1
-    return 0
+        write_base(args.base, catalogue, renditions, novel)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
