@@ -80,6 +80,8 @@ def _contents(root: Path) -> Iterator[tuple[str, bytes]]:
     """What must not change: CSV files and models as bytes, the metrics key by key."""
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
+        if "state/" in name:
+            continue
         if path.suffix in (".csv", ".pth") or path.name == "repeat.json":
             yield name, path.read_bytes()
         elif path.name == "metrics.json":
