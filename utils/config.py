@@ -558,7 +558,8 @@ def load_yaml(file: Path) -> dict[Any, Any]:
         raise ValueError(f"{file} is not a text file; --config needs a YAML file") from error
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        reason = (f"line {mark.line + 1}: " if mark else "") + (getattr(error, "problem", None) or str(error)[:80])
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        reason = f"line {mark.line + 1}: {reason}" if mark else reason
         raise ValueError(f"{file} is not valid YAML ({reason}); mend it or copy one of configs/*.yaml") from error
     except ValueError as error:  # an impossible date
         reason = str(error) if "configuration" in str(error) else f"is not valid YAML ({error})"

@@ -158,16 +158,17 @@ def test_in_another_folder_with_other_workers(config, references, tmp_path, monk
     assert runs.results(tmp_path / "moved") == references()
 
 
-class TestDamage:
-    @pytest.fixture(scope="class")
-    def died(self, config, tmp_path_factory):
-        """A run that died while it trained the student on the second task."""
-        folder = tmp_path_factory.mktemp("died") / "run"
-        with runs.quick(), pytest.MonkeyPatch.context() as patch:
-            interruption = Interruption(patch)
-            assert interruption.main(runs.arguments(config, folder), after=22, counted="step") is None
-        return folder
+@pytest.fixture(scope="module")
+def died(config, tmp_path_factory):
+    """A run that died while it trained the student on the second task."""
+    folder = tmp_path_factory.mktemp("died") / "run"
+    with runs.quick(), pytest.MonkeyPatch.context() as patch:
+        interruption = Interruption(patch)
+        assert interruption.main(runs.arguments(config, folder), after=22, counted="step") is None
+    return folder
 
+
+class TestDamage:
     @pytest.fixture
     def interrupted(self, died, tmp_path):
         return shutil.copytree(died, tmp_path / "run")
