@@ -1,16 +1,8 @@
-"""Sizes of the backbones and their names, without importing torch or timm.
-
-A wrong configuration must be refused before the seconds that those imports cost. What this module does not
-know is not wrong: the same checks run again on the constructed backbones.
-"""
+"""Names and sizes of the backbones. Importing this module loads neither torch nor timm."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import re
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 from utils.registry import nearest
@@ -33,90 +25,44 @@ OWN_MODELS: dict[str, ViTSize] = {
 }
 """The project's own backbones, whose weights come with it."""
 
-_TIMM_FAMILIES = {
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "huge": (1280, 32, 16),
-}
-_TIMM_NAME = re.compile(r"vit_(tiny|small|base|large|huge)_patch(\d+)_(\d+)(?:\.\w+)?")
-# The files of timm's models package that define VisionTransformer models; other transformers (Swin, BEiT)
-# have blocks of another kind, which the prompts cannot enter.
-_TIMM_FILES = ("vision_transformer.py", "deit.py", "vision_transformer_hybrid.py", "vitamin.py")
+PAPER_NAMES = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
+_FAMILIES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+_NAME = re.compile(r"vit_(tiny|small|base|large)_patch([1-9]\d*)_(\d+)(?:\.\w+)?")
+# timm's modules whose models are VisionTransformers; the blocks of other transformers cannot read prompts.
+_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin")
 
 
 def known_size(name: str) -> ViTSize | None:
-    """The sizes of a backbone as its name tells them, or None for a name that does not tell.
-
-    Known are the project's own models and ``vit_{tiny,small,base,large,huge}_patch{P}_{S}[.tag]`` of timm.
-    """
+    """The sizes of a backbone as its name tells them; None for other names, whose sizes show when they are built."""
     if name in OWN_MODELS:
         return OWN_MODELS[name]
-    match = _TIMM_NAME.fullmatch(name)
+    match = _NAME.fullmatch(name)
     if match is None:
         return None
-    embed_dim, depth, num_heads = _TIMM_FAMILIES[match[1]]
     patch, image = int(match[2]), int(match[3])
-    if patch < 1:
-        return None
-    return ViTSize(embed_dim, depth, num_heads, image, patch, 1 + (image // patch) ** 2)
+    return ViTSize(*_FAMILIES[match[1]], image, patch, 1 + (image // patch) ** 2)
 
 
 def name_problem(name: str) -> str | None:
-    """What is wrong with a backbone's name, or None.
+    """The reason why a name is no backbone's, with the way out, or None.
 
-    timm's names are read from its source files; where these cannot be read, every name passes here and timm
-    itself decides later.
+    Any name but the project's own and the paper's takes as long as loading timm, which knows the others.
     """
-    if not name:
-        return "the name is empty"
-    if name in OWN_MODELS or ":" in name:
+    if name in OWN_MODELS or name in PAPER_NAMES:
         return None
-    timm_names = _timm_names()
-    if not timm_names:
-        return None
+    import timm
+
+    def is_vit(architecture: str) -> bool:
+        return timm.model_entrypoint(architecture).__module__.endswith(_MODULES)
+
     architecture, _, tag = name.partition(".")
-    if architecture not in timm_names:
-        guess = nearest(name, [*OWN_MODELS, *timm_names])
+    if not (timm.is_model(architecture) and is_vit(architecture)):
+        guess = nearest(name, [*OWN_MODELS, *filter(is_vit, timm.list_models())])
         hint = f"; did you mean {guess}?" if guess else ""
         return f"{name!r} is no vision transformer of timm and none of {', '.join(OWN_MODELS)}{hint}"
-    tags = timm_names[architecture]
-    if tag and tags and tag not in tags:
-        guess = nearest(tag, list(tags))
+    tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        guess = nearest(tag, tags)
         hint = f"; did you mean {architecture}.{guess}?" if guess else ""
         return f"timm has no weights {tag!r} for {architecture}{hint} (it has: {', '.join(tags)})"
     return None
-
-
-@functools.cache
-def _timm_names() -> dict[str, tuple[str, ...]]:
-    """Name -> tags of the pre-trained weights, for the VisionTransformers of the installed timm."""
-    names: dict[str, set[str]] = {}
-    for file in timm_model_files():
-        text = file.read_text(encoding="utf-8", errors="replace")
-        for name in re.findall(r"^@register_model\s*\ndef (\w+)\(", text, flags=re.M):
-            names.setdefault(name, set())
-        for old, new in re.findall(r"^ +'(\w+)': '(\w+)(?:\.\w+)?',", text, flags=re.M):
-            if new in names:
-                names.setdefault(old, set())
-        for name, tag in re.findall(r"['\"](\w+)\.(\w+)['\"]: *_?cfg\(", text):
-            names.setdefault(name, set()).add(tag)
-    names.update((name, set()) for name in _registered_at_run_time() if name not in names)
-    return {name: tuple(sorted(tags)) for name, tags in names.items()}
-
-
-def timm_model_files() -> list[Path]:
-    """The source files that define timm's VisionTransformer models."""
-    spec = importlib.util.find_spec("timm")
-    roots = list(spec.submodule_search_locations or ()) if spec else []
-    files = (Path(root) / "models" / name for root in roots for name in _TIMM_FILES)
-    return [file for file in files if file.is_file()]
-
-
-def _registered_at_run_time() -> list[str]:
-    """Models that code outside timm has registered, when timm is loaded already."""
-    timm = sys.modules.get("timm")
-    if timm is None:
-        return []
-    return timm.list_models("*vit*")

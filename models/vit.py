@@ -1,4 +1,4 @@
-"""A frozen timm Vision Transformer whose attention also reads prompts (SPEC: prefix tuning).
+"""A frozen timm Vision Transformer whose attention also reads prompts (prefix tuning, arXiv 2101.00190).
 
 Shapes here and in the modules above: B batch, N = 1 + registers + patches, T extra tokens, D width,
 L blocks, P prompt length per key or value.
@@ -161,11 +161,11 @@ class PromptedViT(nn.Module):
         for index, block in enumerate(self.vit.blocks):
             prompt = prompts[index] if prompts is not None else LayerPrompt()
             read = num_tokens if index == last and not return_blocks else None
-            tokens = _run_block(block, tokens, prompt, read_from=read)
+            tokens = _run_block(block, tokens, prompt, num_tokens=read)
             if return_blocks:
                 blocks.append(tokens)
         if return_blocks:
-            tokens = _read_rows(tokens, num_tokens)
+            tokens = _cls_and_extra(tokens, num_tokens)
         normed = self.final_norm(tokens)  # [B, 1 + T, D]
         if self.autocast_dtype is not None:
             normed = normed.float()
@@ -189,31 +189,31 @@ def check_supported(vit: nn.Module) -> None:
             )
 
 
-def _read_rows(tokens: Tensor, num_tokens: int) -> Tensor:
+def _cls_and_extra(tokens: Tensor, num_tokens: int) -> Tensor:
     """The rows that are read at the end: class token and extra tokens, [B, 1 + T, D]."""
     if tokens.shape[1] == num_tokens:
         return tokens[:, :1]
     return torch.cat([tokens[:, :1], tokens[:, num_tokens:]], dim=1)
 
 
-def _run_block(block: Block, tokens: Tensor, prompt: LayerPrompt, read_from: int | None) -> Tensor:
-    """One pre-norm block; with ``read_from`` = N only the class and extra rows come out, [B, 1 + T, D]."""
+def _run_block(block: Block, tokens: Tensor, prompt: LayerPrompt, num_tokens: int | None) -> Tensor:
+    """One pre-norm block; with ``num_tokens`` = N only the class and extra rows come out, [B, 1 + T, D]."""
     normed = block.norm1(tokens)
-    if read_from is None:
-        queries_from = None
+    if num_tokens is None:
+        query_tokens = None
     else:
-        queries_from = _read_rows(normed, read_from)
-        tokens = _read_rows(tokens, read_from)
-    tokens = tokens + block.ls1(_attend(block.attn, normed, prompt, queries_from))
+        query_tokens = _cls_and_extra(normed, num_tokens)
+        tokens = _cls_and_extra(tokens, num_tokens)
+    tokens = tokens + block.ls1(_attend(block.attn, normed, prompt, query_tokens))
     return tokens + block.ls2(block.mlp(block.norm2(tokens)))
 
 
-def _attend(attn: Attention, tokens: Tensor, prompt: LayerPrompt, queries_from: Tensor | None) -> Tensor:
-    """Attention of ``queries_from`` [B, Q, D] (default: all tokens) over prompts and tokens [B, N, D]."""
+def _attend(attn: Attention, tokens: Tensor, prompt: LayerPrompt, query_tokens: Tensor | None) -> Tensor:
+    """Attention of ``query_tokens`` [B, Q, D] (default: all tokens) over prompts and tokens [B, N, D]."""
     prompted = prompt.prefix is not None or prompt.suffix is not None
-    if prompted and queries_from is None:
-        queries_from = tokens  # projected apart, since keys and values die when they are joined with the prompts
-    query, key, value = _project(attn, tokens, queries_from)  # [B, *, heads, head_dim]
+    if prompted and query_tokens is None:
+        query_tokens = tokens  # projected apart, since keys and values die when they are joined with the prompts
+    query, key, value = _project(attn, tokens, query_tokens)  # [B, *, heads, head_dim]
     query, key = attn.q_norm(query), attn.k_norm(key)
     parts = [prompt.prefix, KV(key, value), prompt.suffix]
     if prompted:
@@ -223,15 +223,15 @@ def _attend(attn: Attention, tokens: Tensor, prompt: LayerPrompt, queries_from: 
     return attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2)))
 
 
-def _project(attn: Attention, tokens: Tensor, queries_from: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _project(attn: Attention, tokens: Tensor, query_tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, [B, *, heads, head_dim] each."""
     heads = (attn.num_heads, attn.head_dim)
-    if queries_from is None:
+    if query_tokens is None:
         return attn.qkv(tokens).unflatten(-1, (3, *heads)).unbind(2)
     width = attn.attn_dim
     weight, bias = attn.qkv.weight, attn.qkv.bias
     bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
-    query = F.linear(queries_from, weight[:width], bias_q).unflatten(-1, heads)
+    query = F.linear(query_tokens, weight[:width], bias_q).unflatten(-1, heads)
     key, value = F.linear(tokens, weight[width:], bias_kv).unflatten(-1, (2, *heads)).unbind(2)
     return query, key, value
 
