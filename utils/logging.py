@@ -1,7 +1,7 @@
 """What a run tells while it runs: output.log, the console, progress bars and TensorBoard.
 
-Modules log through ``logging.getLogger(__name__)``. INFO goes to the console and to output.log, DEBUG to
-output.log only (one line per epoch), so that the file is complete and the console short.
+Modules log through ``logging.getLogger(__name__)``. INFO goes to the console and to output.log, DEBUG to output.log
+only (one line per epoch), so that the file is complete and the console short.
 """
 
 from __future__ import annotations
@@ -10,62 +10,70 @@ import importlib.metadata
 import logging
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 PROJECT = Path(__file__).resolve().parent.parent
+QUIET_SECONDS = 60.0  # without bars, how often the console says where the run is
 _PACKAGES = ("__main__", "run", "learners", "models", "dataloaders", "utils")
 _VERSIONS = ("torch", "torchvision", "timm", "numpy")
-
-# Without bars a phase gives one console line when it ends; a long one also says where it is this often.
-QUIET_SECONDS = 60.0
+_BARS = ("tasks", "phases", "epochs", "batches")
 
 _log = logging.getLogger(__name__)
 
 
-class _ConsoleHandler(logging.Handler):
+class _TolerantHandler(logging.Handler):
+    """Lose a line rather than the run when the disk is full."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class _ConsoleHandler(_TolerantHandler):
     """Plain lines on the standard output, written above the progress bars rather than through them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except OSError:  # the reader of a pipe has gone: the run goes on, output.log has the rest
-            pass
+        except BrokenPipeError:  # nobody reads any more; without a new target Python would complain again on exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception:
+            self.handleError(record)
 
 
-class _FileHandler(logging.FileHandler):
-    """output.log; a class of its own so that :func:`setup_logging` finds the one it made."""
+class _FileHandler(_TolerantHandler, logging.FileHandler):
+    """output.log."""
 
 
 class _Formatter(logging.Formatter):
-    """Offers ``%(prefix)s``: the level when it is a warning or worse, else nothing."""
+    """Offers ``%(prefix)s``: the level of warnings and errors, else nothing."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.prefix = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
         return super().formatMessage(record)
 
 
-def setup_logging(log_file: Path | None, *, main: bool = True) -> logging.Logger:
+def setup_logging(log_file: Path | None, *, main: bool = True) -> None:
     """Send the project's log to the console and to a file; a second call replaces what the first set up.
 
     Args:
         log_file: output.log, appended to when it exists; None for the console alone.
         main: False on the other processes of a distributed run, which write no file and only warnings.
 
-    Returns:
-        The logger of run.py.
-
     Raises:
         OSError: the file cannot be written.
     """
     root = logging.getLogger()
-    for handler in [h for h in root.handlers if isinstance(h, _ConsoleHandler | _FileHandler)]:
+    for handler in [handler for handler in root.handlers if isinstance(handler, _TolerantHandler)]:
         root.removeHandler(handler)
         handler.close()
     console = _ConsoleHandler(logging.INFO if main else logging.WARNING)
@@ -75,104 +83,66 @@ def setup_logging(log_file: Path | None, *, main: bool = True) -> logging.Logger
         file = _FileHandler(log_file, encoding="utf-8")
         file.setFormatter(_Formatter("%(asctime)s  %(prefix)s%(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         root.addHandler(file)
-    for name in _PACKAGES:  # other packages stay at the root's WARNING
+    for name in _PACKAGES:  # other packages keep the root's level, WARNING
         logging.getLogger(name).setLevel(logging.DEBUG)
-    return logging.getLogger("run")
 
 
 def environment() -> dict[str, Any]:
-    """What a result was made with.
+    """Versions of Python and packages, git commit ("-dirty" with changes; None outside a checkout) and hardware."""
+    import torch
 
-    Returns:
-        ``versions`` (package -> version, "python" among them; None where one is missing), ``git_commit``
-        (None outside a checkout, with "-dirty" when tracked files differ from it) and ``hardware`` (cpu,
-        cores this process may use, memory_gb, gpus).
-    """
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _VERSIONS:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {"versions": versions, "git_commit": _git_commit(PROJECT), "hardware": _hardware()}
+    hardware = {
+        "cpu": _proc_field("cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _VERSIONS}}
+    return {"versions": versions, "git_commit": _git_commit(PROJECT), "hardware": hardware}
+
+
+def _git_commit(folder: Path) -> str | None:
+    if not (folder / ".git").exists():  # git would name the commit of a checkout around the folder
+        return None
+    command = ["git", "-c", f"safe.directory={folder}", "-C", str(folder)]
+    command += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _proc_field(file: str, field: str) -> str | None:
+    """The first ``field: value`` in a file of /proc; None where there is no such file, as on macOS."""
+    try:
+        pairs = [line.partition(":") for line in Path("/proc", file).read_text().splitlines()]
+    except OSError:
+        return None
+    return next((value.strip() for name, _, value in pairs if name.strip() == field), None)
 
 
 def peak_memory_mb() -> dict[str, float]:
     """The most memory this process has held so far, in MiB: ``{"cpu": …, "cuda:0": …}``."""
-    peak = {"cpu": round(_peak_resident_kib() / 1024, 1)}
-    for index in range(_cuda_devices()):
-        import torch
-
-        allocated = torch.cuda.max_memory_allocated(index)
-        if allocated:
-            peak[f"cuda:{index}"] = round(allocated / 2**20, 1)
-    return peak
-
-
-def _peak_resident_kib() -> float:
-    # Not ru_maxrss where it can be helped: Linux hands the parent's peak on to a child started from it.
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return float(line.split()[1])
-    except OSError:
-        pass
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1024 if sys.platform == "darwin" else peak
-
-
-def _git_commit(folder: Path) -> str | None:
-    if not (folder / ".git").exists():  # else git would name the commit of a checkout around the folder
-        return None
-    git = ["git", "-c", f"safe.directory={folder}", "-C", str(folder)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"],
-                                 capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if commit.returncode:
-        return None
-    return commit.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
-
-
-def _hardware() -> dict[str, Any]:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"cpu": _cpu_model(), "cores": cores, "memory_gb": round(memory, 1), "gpus": gpus}
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _cuda_devices() -> int:
-    torch = sys.modules.get("torch")
-    return torch.cuda.device_count() if torch is not None and torch.cuda.is_initialized() else 0
+    # Not ru_maxrss, which a process inherits from its parent on Linux; on macOS it counts bytes.
+    peak = _proc_field("self/status", "VmHWM")  # as in "812 kB"
+    memory = int(peak.split()[0]) / 2**10 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    used = {"cpu": memory}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        used[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index) / 2**20
+    return {device: round(mebibytes, 1) for device, mebibytes in used.items() if mebibytes}
 
 
 def open_tensorboard(log_dir: Path) -> Any:
-    """A TensorBoard writer (``add_scalar(tag, value, step)``, ``close()``) for ``log_dir``.
-
-    Raises:
-        ValueError: the package is missing; the message says how to get it.
-    """
+    """A TensorBoard SummaryWriter for ``log_dir``; a ValueError where the package is missing says how to get it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("--tensorboard needs the package tensorboard, which is not installed: "
-                         "run `pip install tensorboard` or leave the flag out") from error
+        raise ValueError(
+            "--tensorboard needs the package tensorboard, which is not installed: run `pip install tensorboard` "
+            "or leave the flag out"
+        ) from error
     return SummaryWriter(str(log_dir))
 
 
@@ -183,137 +153,112 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Bars over tasks, phases, epochs and batches; without a terminal, lines.
+    """Bars over tasks, models, epochs and batches, and lines in the log.
 
-    With bars or without, each phase ends with one line on the console, each epoch with one in output.log.
-    Without bars a long phase also says once a minute where it is.
+    Each epoch ends with a line in output.log, the training of a model with one on the console. Without bars the
+    console also hears once a minute where the run is.
 
     Args:
         enabled: whether to draw bars; None draws them when the standard error is a terminal.
         num_tasks: tasks of the whole run.
-        phases: phases per task: 2 for teacher and student, 1 for the student alone.
+        roles: the models that each task trains, in order: ("teacher", "student") or ("student",).
     """
 
-    _BARS = ("tasks", "phases", "epochs", "batches")
+    def __init__(self, enabled: bool | None, num_tasks: int, *, roles: Sequence[str]) -> None:
+        self.num_tasks, self.roles = num_tasks, tuple(roles)
+        self._run_started = self._last_line = time.monotonic()
+        self._share_before: float | None = None  # of the run, done before this process
+        self._bars: list[tqdm] = []
+        if sys.stderr.isatty() if enabled is None else enabled:
+            look = {"leave": False, "dynamic_ncols": True, "bar_format": "{desc}{bar:30} {n_fmt}/{total_fmt}{postfix}"}
+            self._bars = [tqdm(desc=f"{name:<8}", position=row, **look) for row, name in enumerate(_BARS)]
 
-    def __init__(self, enabled: bool | None, num_tasks: int, *, phases: int = 2) -> None:
-        self.num_tasks = num_tasks
-        self.phases = phases
-        self._started = self._last_line = self._phase_started = self._epoch_started = time.monotonic()
-        self._first: float | None = None  # share of the run that was done before this process
-        self._phase = ""
-        self._task = self._phase_index = self._epoch = self._step = 0
-        self._epochs = self._steps = 1
-        self._phase_images = self._epoch_images = 0
-        self._loss = self._accuracy = float("nan")
-        shown = sys.stderr.isatty() if enabled is None else enabled
-        self._bars = [self._new_bar(row, name) for row, name in enumerate(self._BARS)] if shown else []
-
-    def start_phase(self, task: int, phase: str, epochs: int, start_epoch: int) -> None:
-        """Phase "teacher" or "student" of task ``task`` begins, at epoch ``start_epoch`` (both from 0)."""
-        self._task, self._phase, self._epochs, self._epoch, self._step = task, phase, epochs, start_epoch, 0
-        self._phase_index = 0 if phase == "teacher" else self.phases - 1
-        self._phase_images, self._phase_started = 0, time.monotonic()
-        self._loss = self._accuracy = float("nan")
-        if self._first is None:
-            self._first = self._share()
-        self._reset_bar("tasks", self.num_tasks, task, self._left())
-        self._reset_bar("phases", self.phases, self._phase_index, phase)
-        self._reset_bar("epochs", epochs, start_epoch)
+    def start_training(self, task: int, role: str, epochs: int, start_epoch: int) -> None:
+        """Begin training a task's teacher or student, at epoch ``start_epoch`` (tasks and epochs count from 0)."""
+        self._task, self._role, self._epoch, self._epochs = task, role, start_epoch, epochs
+        self._step, self._steps, self._figures = 0, 1, ""
+        self._training = self._batches = _Speed()
+        if self._share_before is None:
+            self._share_before = self._share()
+        self._draw()
 
     def start_epoch(self, epoch: int, steps: int) -> None:
-        """Epoch ``epoch`` (from 0) of ``steps`` batches begins."""
+        """Begin epoch ``epoch`` (from 0) of ``steps`` batches."""
         self._epoch, self._step, self._steps = epoch, 0, steps
-        self._epoch_images, self._epoch_started = 0, time.monotonic()
-        self._reset_bar("batches", steps, 0)
+        self._batches = _Speed()
+        self._draw()
 
     def step(self, images: int) -> None:
-        """One batch of ``images`` images is done; costs next to nothing and never waits for the device."""
+        """Count one batch of ``images`` images; costs next to nothing and never waits for the device."""
         self._step += 1
-        self._epoch_images += images
+        self._batches.images += images
+        self._training.images += images
         if self._bars:
-            self._bars[3].update(1)
+            self._bars[-1].update()
 
     def update(self, loss: float, accuracy: float) -> None:
         """Show the mean loss and the training accuracy (%) of the epoch so far."""
-        self._loss, self._accuracy = loss, accuracy
-        if self._bars:
-            notes = [self._left(), None, self._figures(), self._rate(self._epoch_images, self._epoch_started)]
-            for bar, note in zip(self._bars, notes, strict=True):
-                if note is not None:
-                    bar.set_postfix_str(note)
-        if self._line_is_due():
-            where = f"epoch {self._epoch + 1}/{self._epochs} batch {self._step}/{self._steps}"
-            rate = self._rate(self._epoch_images, self._epoch_started)
-            self._line(f"{self._where()} {where}: {self._figures()}, {rate}, {self._left()}")
+        self._figures = f"loss {loss:.4f}, train accuracy {accuracy:.2f} %"
+        self._draw()
+        where = f" epoch {self._epoch + 1}/{self._epochs} batch {self._step}/{self._steps}"
+        self._line(logging.NOTSET, where, str(self._batches))
 
     def end_epoch(self) -> None:
-        """The epoch is done."""
-        self._phase_images += self._epoch_images
+        """End the epoch."""
         self._epoch, self._step = self._epoch + 1, 0
-        line = (f"{self._where()} epoch {self._epoch}/{self._epochs}: {self._figures()}, "
-                f"{self._rate(self._epoch_images, self._epoch_started)}, {self._left()}")
-        if self._line_is_due():
-            self._line(line)
-        else:
-            _log.debug(line)
-        if self._bars:
-            self._bars[2].update(1)
-            self._bars[0].set_postfix_str(self._left())
+        self._line(logging.DEBUG, f" epoch {self._epoch}/{self._epochs}", str(self._batches))
+        self._draw()
 
-    def end_phase(self) -> None:
-        """The phase is done: one line on the console with its last figures."""
-        seconds = time.monotonic() - self._phase_started
-        rate = self._rate(self._phase_images, self._phase_started)
-        self._line(f"{self._where()}: {self._figures()}, {rate}, took {duration(seconds)}, {self._left()}")
-        if self._bars:
-            self._bars[1].update(1)
+    def end_training(self) -> None:
+        """End the training of this model."""
+        took = duration(time.monotonic() - self._training.started)
+        self._line(logging.INFO, "", f"{self._training}, took {took}")
 
     def close(self) -> None:
-        """Take the bars away; the object is of no use afterwards."""
+        """Remove the bars."""
         for bar in reversed(self._bars):
             bar.close()
-        self._bars = []
 
-    @staticmethod
-    def _new_bar(row: int, name: str) -> tqdm:
-        return tqdm(total=1, desc=f"{name:<8}", position=row, leave=False, file=sys.stderr,
-                    dynamic_ncols=True, bar_format="{desc}{bar:30} {n_fmt}/{total_fmt}{postfix}")
-
-    def _reset_bar(self, name: str, total: int, done: int, note: str = "") -> None:
-        if self._bars:
-            bar = self._bars[self._BARS.index(name)]
+    def _draw(self) -> None:
+        trained = self.roles.index(self._role) + (self._epoch == self._epochs)
+        done = (self._task, trained, self._epoch, self._step)
+        totals = (self.num_tasks, len(self.roles), self._epochs, self._steps)
+        notes = (self._left(), self._role, self._figures, str(self._batches))
+        for bar, n, total, note in zip(self._bars, done, totals, notes, strict=False):
+            bar.total = total
             bar.set_postfix_str(note, refresh=False)
-            bar.reset(total)
-            bar.update(done)
+            bar.update(n - bar.n)
             bar.refresh()
 
-    def _line_is_due(self) -> bool:
-        return not self._bars and time.monotonic() - self._last_line >= QUIET_SECONDS
-
-    def _line(self, text: str) -> None:
-        _log.info(text)
-        self._last_line = time.monotonic()
-
-    def _where(self) -> str:
-        return f"Task {self._task + 1}/{self.num_tasks} {self._phase}"
-
-    def _figures(self) -> str:
-        return f"loss {self._loss:.4f}, train accuracy {self._accuracy:.2f} %"
-
-    @staticmethod
-    def _rate(images: int, since: float) -> str:
-        return f"{images / max(time.monotonic() - since, 1e-9):.0f} images/s"
+    def _line(self, level: int, where: str, speed: str) -> None:
+        """Log where the run is at ``level``, but without bars once a minute for the console."""
+        if not self._bars and time.monotonic() - self._last_line >= QUIET_SECONDS:
+            level = logging.INFO
+        if level == logging.INFO:
+            self._last_line = time.monotonic()
+        place = f"Task {self._task + 1}/{self.num_tasks} {self._role}{where}"
+        _log.log(level, "%s: %s, %s, %s", place, self._figures, speed, self._left())
 
     def _share(self) -> float:
         """The share of the run that is done, 0 to 1, every epoch counting the same."""
-        phases_done = self._phase_index + (self._epoch + self._step / self._steps) / self._epochs
-        return (self._task + phases_done / self.phases) / self.num_tasks
+        models = self._task * len(self.roles) + self.roles.index(self._role)
+        epochs = self._epoch + self._step / self._steps
+        return (models + epochs / self._epochs) / (self.num_tasks * len(self.roles))
 
     def _left(self) -> str:
-        """The time that the rest of the run will take if it goes on as in this process so far."""
+        """The time that the rest of the run takes at the pace of this process so far."""
         share = self._share()
-        done = share - self._first if self._first is not None else 0.0
-        if done <= 0:
+        if share <= self._share_before:
             return "time left unknown"
-        return f"{duration((time.monotonic() - self._started) * (1 - share) / done)} left"
+        seconds = (time.monotonic() - self._run_started) * (1 - share) / (share - self._share_before)
+        return f"{duration(seconds)} left"
+
+
+class _Speed:
+    """Counts images since it was made."""
+
+    def __init__(self) -> None:
+        self.images, self.started = 0, time.monotonic()
+
+    def __str__(self) -> str:
+        return f"{self.images / max(time.monotonic() - self.started, 1e-9):.0f} images/s"

@@ -1,8 +1,8 @@
-"""Random numbers that depend on what they are for, never on what happened before.
+"""Random numbers derived from their purpose, never from what was drawn before.
 
-Every draw of a run comes from a stream derived from the run's seed and the names of its purpose, such as
-``(seed, "augment", task, phase, epoch, index)``. A run that was killed and resumed, or that runs on another
-number of workers or devices, therefore draws the same numbers.
+Every draw of a run comes from a stream that is derived from the run's seed and the names of its purpose, such as
+``(seed, "augment", task, role, epoch, index)``. A run that is killed and resumed, or that uses another number of
+workers or devices, therefore draws the same numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def generator(seed: int, *purpose: int | str) -> torch.Generator:
 
 @contextlib.contextmanager
 def seeded(seed: int, *purpose: int | str) -> Iterator[None]:
-    """Within the block torch's global CPU generator is seeded for one purpose; afterwards it is as before."""
+    """Seed torch's global CPU generator for one purpose within the block, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *purpose))
         yield

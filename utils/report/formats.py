@@ -1,189 +1,246 @@
-"""The report as Markdown, CSV and LaTeX."""
+"""The report's content in order, and its text as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from utils.metrics import MEASURES
-from utils.report.runs import Column
-from utils.report.table import (
-    ABOUT,
-    ABOUT_GAINS,
-    NONE,
-    PAPER_SHORT,
-    RUN_HEAD,
-    Cell,
-    Report,
-    best_column,
-    clean,
-    column_order,
-    difference_text,
-    gain_text,
-    models_text,
-    name_texts,
-    ours_text,
-    paper_text,
-    run_texts,
-    teacher_text,
+from utils.report.runs import Run
+from utils.report.table import Cell, Line, Pair
+
+TITLE = "Continual Distillation Learning: results"
+ABOUT = (
+    "Student: final average accuracy (%) / forgetting (points; the original's: summed over all T tasks, divided by "
+    "T). Mean ± sample standard deviation over n seeds of complete runs. Difference: ours minus the paper's, for runs "
+    "with its 10 tasks and its split, whatever their other settings. KD_Token is followed by its --kd_prompt_param. "
+    "The last column is the teacher's accuracy (%). Bold: the best mean of a row, among the cells with the most seeds."
+)
+_ABOUT_GAINS = (
+    "Student's accuracy minus that of the same student without distillation and with the same seed, in points: mean ± "
+    "sample standard deviation of the n paired differences."
+)
+_ABOUT_PAPER = (
+    "Source of the paper's numbers: average accuracy / forgetting of the student after 10 tasks, from the project page "
+    "of the authors of Continual Distillation Learning (arXiv 2407.13911). Their column KD-Token is the token alone, "
+    "--kd_prompt_param 1 6 here; KDP itself is 12 6, for which a summary of the paper gives 84.31 % (CIFAR-100, "
+    "ViT-Base to ViT-Small, CODAPrompt)."
+)
+_NAMES = ("teacher → student", "learner")
+_RUN_NAMES = ("folder", "data", *_NAMES, "KD method", "seed")
+_RUN_RESULTS = ("tasks", "accuracy (%)", "forgetting", "teacher (%)", "time", "state")
+_CSV_NAMES = "dataset t_model s_model learner_name KD_method kd_prompt_param settings seeds n unfinished".split()
+_CSV_MEASURES = (*((name, "student") for name in MEASURES), ("final_average_accuracy", "teacher"))
+_CSV_OTHERS = (
+    "paper_accuracy paper_forgetting difference_accuracy difference_forgetting "
+    "gain_over_none_mean gain_over_none_std gain_over_none_n"
+).split()
+_TEX = str.maketrans(
+    {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
+    | {">": r"\textgreater{}", "±": r"$\pm$", "−": "$-$", "–": "--", "→": r"$\to$"}
+    | {char: rf"\{char}" for char in "{}$&#_%"}
 )
 
-# -------------------------------------------------------------------------------------------------- Markdown
+
+class Text(NamedTuple):
+    """A piece of a cell, not yet escaped; ``style`` is "best", "value", "aside", "small", "mark" or empty."""
+
+    text: str
+    style: str = ""
 
 
-def _md(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", clean(text))
+class Section(NamedTuple):
+    """A heading and what follows it: a paragraph, a table and pictures, as far as there are any."""
+
+    level: int
+    title: str
+    about: str = ""
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[Sequence[Text]]] = ()
+    leading: int = 1  # cells at the start of a row that name it
+    curves: Line | None = None  # the line of a table whose runs are drawn, where the format can
 
 
-def _md_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    rows = [list(head), ["---"] * len(head), *lines]
-    return ["| " + " | ".join(row) + " |" for row in rows] + [""]
+def compose(
+    tables: Mapping[str, Sequence[Line]], runs: Sequence[Run], unused: Sequence[tuple[str, str]]
+) -> list[Section]:
+    """The sections of the report on all runs and on the folders that are not used."""
+    has_paper = any(cell.paper for lines in tables.values() for line in lines for cell in line.cells.values())
+    sections = [Section(1, TITLE, f"{ABOUT} {_ABOUT_PAPER}" if has_paper else ABOUT)]
+    for dataset, lines in tables.items():
+        sections += [_results(dataset, lines), *_gains(lines)]
+        for line in lines:
+            if line.runs:
+                sections.append(Section(3, f"{line.row.models}, {line.name}: accuracy after each task", curves=line))
+    sections.append(Section(2, "Runs", head=(*_RUN_NAMES, *_RUN_RESULTS), rows=[_run(run) for run in runs]))
+    if unused:
+        rows = [[[Text(folder)], [Text(reason)]] for folder, reason in unused]
+        sections.append(Section(2, "Folders not used", head=("folder", "reason"), rows=rows))
+    return sections
 
 
-def _md_cell(cell: Cell, best: bool) -> str:
-    parts = []
-    accuracy, forgetting = ours_text(cell)
-    if accuracy:
-        parts.append(f"{f'**{accuracy}**' if best else accuracy} / {forgetting} (n = {len(cell.runs)})")
+def _results(dataset: str, lines: Sequence[Line]) -> Section:
+    rows = []
+    for line in lines:
+        best = line.best()
+        cells = [_cell(cell, "best" if column == best else "value") for column, cell in line.cells.items()]
+        rows.append([*_names(line), *cells, [Text(spread(line.teacher()))]])
+    return Section(2, dataset, "", [*_NAMES, *lines[0].cells, "teacher"], rows, leading=2)
+
+
+def _gains(lines: Sequence[Line]) -> list[Section]:
+    gains = [(line, line.gains()) for line in lines if line.gains()]
+    columns = [column for column in lines[0].cells if any(column in of for _, of in gains)]
+    rows = []
+    for line, of in gains:
+        texts = [f"{spread(of[column], '+')} (n = {of[column][2]})" if column in of else "" for column in columns]
+        rows.append([*_names(line), *([Text(text)] for text in texts)])
+    section = Section(3, "Compared with no distillation", _ABOUT_GAINS, [*_NAMES, *columns], rows, leading=2)
+    return [section] if gains else []
+
+
+def _names(line: Line) -> list[list[Text]]:
+    label = [Text(line.label, "small")] if line.label else []
+    return [[Text(line.row.models)], [Text(line.row.learner), *label]]
+
+
+def _cell(cell: Cell, style: str) -> list[Text]:
+    texts = []
+    if cell.complete:
+        accuracy, forgetting = spread(cell.measure("final_average_accuracy")), spread(cell.measure("forgetting"))
+        texts += [Text(accuracy, style), Text(f"/ {forgetting}", "aside"), Text(f"(n = {len(cell.complete)})", "aside")]
     if cell.paper:
-        parts.append(f"paper {paper_text(cell)}")
+        texts.append(Text(f"paper {pair(cell.paper)}", "small"))
     if cell.difference():
-        parts.append(f"difference {difference_text(cell)}")
-    return "<br>".join(parts + cell.marks())
+        texts.append(Text(f"diff. {pair(cell.difference(), '+')}", "small"))
+    for run in cell.unfinished:
+        texts.append(Text(f"seed {run.seed} unfinished: {run.tasks_done} of {run.num_tasks} tasks", "mark"))
+    return texts
 
 
-def _md_dataset(report: Report, dataset: str) -> list[str]:
-    columns = report.columns(dataset)
-    table = []
-    for row in report.rows(dataset):
-        cells = report.cells[row]
-        best = best_column(cells)
-        learner = "<br>".join(map(_md, name_texts(row, report.labels[row])))
-        texts = (_md_cell(cells.get(column, Cell()), column == best) for column in columns)
-        table.append([_md(models_text(row)), learner, *texts, teacher_text(cells)])
-    labels = [_md(column.label) for column in columns]
-    head = ["teacher → student", "learner", *labels, "teacher"]
-    lines = [f"## {_md(dataset)}", "", *_md_table(head, table)]
-    columns, gains = report.gains(dataset)
-    if gains:
-        table = []
-        for row, of in gains.items():
-            learner = "<br>".join(map(_md, name_texts(row, report.labels[row])))
-            table.append([_md(models_text(row)), learner, *(gain_text(of.get(column)) for column in columns)])
-        head = ["teacher → student", "learner", *(_md(column.label) for column in columns)]
-        lines += [_md(ABOUT_GAINS), "", *_md_table(head, table)]
-    return lines
+def _run(run: Run) -> list[list[Text]]:
+    """The cells of a run in the table of all runs."""
+    names = [run.folder, run.row.dataset, run.row.models, run.row.learner, run.column, str(run.seed)]
+    tasks = Text(f"{run.tasks_done} of {run.num_tasks}", "value")
+    teacher = run.models["teacher"]["final_average_accuracy"] if "teacher" in run.models else None
+    numbers = [_number(value) for value in (run.accuracy, run.models["student"]["forgetting"], teacher)]
+    state = Text("complete") if run.complete else Text("unfinished", "mark")
+    return [[text] for text in (*map(Text, names), tasks, *map(Text, numbers), Text(run.time), state)]
 
 
-def markdown(report: Report) -> str:
-    """The text of report.md."""
-    lines = ["# Continual Distillation Learning: results", "", _md(ABOUT), ""]
-    for dataset in report.datasets():
-        lines += _md_dataset(report, dataset)
-    lines += [*map(_md, report.sources()), "", "## Runs", ""]
-    lines += _md_table(RUN_HEAD, [[_md(text) for text in run_texts(run)] for run in report.runs])
-    if report.unused:
-        lines += ["## Folders not used", ""]
-        lines += [f"- {_md(folder)}: {_md(reason)}" for folder, reason in report.unused] + [""]
+def _number(value: float | None, sign: str = "", missing: str = "") -> str:
+    return missing if value is None else f"{round(value, 2) + 0.0:{sign}.2f}".replace("-", "−")  # + 0.0: no −0.00
+
+
+def pair(values: Pair | None, sign: str = "") -> str:
+    """``82.39 / 7.33``; empty for None."""
+    return " / ".join(_number(value, sign, missing="–") for value in values or ())
+
+
+def spread(measured: Sequence[float | None] | None, sign: str = "") -> str:
+    """``82.39 ± 0.31``, without the deviation for one seed; empty for None."""
+    mean, deviation, *_ = measured or (None, None)
+    return _number(mean, sign) + ("" if deviation is None else f" ± {deviation:.2f}")
+
+
+def markdown(sections: Sequence[Section]) -> str:
+    """The text of report.md, which has no pictures."""
+    lines = []
+    for section in sections:
+        if section.curves is None:
+            lines += [f"{'#' * section.level} {_md(section.title)}", ""]
+            lines += [_md(section.about), ""] if section.about else []
+            head = [[_md(title) for title in section.head], ["---"] * len(section.head)] if section.head else []
+            rows = [*head, *([_md_cell(cell) for cell in row] for row in section.rows)]
+            lines += [*("| " + " | ".join(row) + " |" for row in rows), ""]
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------- CSV
-
-_CSV_MEASURES = (*((name, "student") for name in MEASURES), ("final_average_accuracy", "teacher"))
-_CSV_HEAD = (
-    "dataset", "t_model", "s_model", "learner_name", "KD_method", "kd_prompt_param", "settings", "seeds", "n",
-    "unfinished", *(f"{role}_{name}_{part}" for name, role in _CSV_MEASURES for part in ("mean", "std")),
-    "paper_accuracy", "paper_forgetting", "difference_accuracy", "difference_forgetting",
-    "gain_over_none_mean", "gain_over_none_std", "gain_over_none_n",
-)  # fmt: skip
+def _md(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", " ".join(text.split()))
 
 
-def csv_text(report: Report) -> str:
+def _md_cell(texts: Sequence[Text]) -> str:
+    pieces = [f"**{text}**" if style == "best" else _md(text) for text, style in texts]
+    breaks = ["", *(" " if style == "aside" else "<br>" for _, style in texts[1:])]
+    return "".join(itertools.chain(*zip(breaks, pieces, strict=False)))
+
+
+def csv_text(tables: Mapping[str, Sequence[Line]]) -> str:
     """The text of report.csv: one line per cell, empty where there is no number."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(_CSV_HEAD)
-    for row, columns in report.cells.items():
-        for column in sorted(columns, key=column_order):
-            cell = columns[column]
-            texts = [*row.key, column.method, " ".join(map(str, column.param)), report.labels[row],
-                     " ".join(str(run.seed) for run in cell.runs)]
-            numbers = _csv_numbers(cell, columns.get(NONE, Cell()) if column != NONE else Cell())
-            writer.writerow([*map(clean, texts), len(cell.runs), len(cell.unfinished), *numbers])
+    measures = [f"{role}_{name}_{part}" for name, role in _CSV_MEASURES for part in ("mean", "std")]
+    writer.writerow([*_CSV_NAMES, *measures, *_CSV_OTHERS])
+    for line in itertools.chain(*tables.values()):
+        gains = line.gains()
+        for column, cell in line.cells.items():
+            if cell == Cell():
+                continue
+            method, _, param = column.partition(" ")
+            seeds = " ".join(str(run.seed) for run in cell.complete)
+            texts = [*line.row, method, param, line.label, seeds, len(cell.complete), len(cell.unfinished)]
+            pairs = [*(cell.measure(*of) for of in _CSV_MEASURES), cell.paper, cell.difference()]
+            numbers = [number for values in pairs for number in values or (None, None)]
+            numbers += gains.get(column, (None, None, None))
+            writer.writerow(texts + ["" if number is None else f"{number:.6g}" for number in numbers])
     return out.getvalue()
 
 
-def _csv_numbers(cell: Cell, none: Cell) -> list[str]:
-    numbers: list[float | None] = []
-    for name, role in _CSV_MEASURES:
-        numbers += cell.measure(name, role) or (None, None)
-    numbers += cell.paper or (None, None)
-    numbers += cell.difference() or (None, None)
-    numbers += cell.gain(none) or (None, None, None)
-    return ["" if value is None else f"{value:.6g}" for value in numbers]
-
-
-# ----------------------------------------------------------------------------------------------------- LaTeX
-
-_TEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_",
-        "%": r"\%", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-        ">": r"\textgreater{}", "±": r"$\pm$", "−": "$-$", "–": "--", "→": r"$\to$",
-        "\ufffd": "?"}  # fmt: skip
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(char, char) for char in clean(text))
-
-
-def _tex_spread(text: str) -> str:
-    """The deviation small below the line: with 6 pt letters six columns of two numbers each fit a page."""
-    mean, sign, std = text.partition(" ± ")
-    return _tex(mean) + (rf"$_{{\pm {std}}}$" if sign else "")
-
-
-def latex(report: Report) -> str:
+def latex(tables: Mapping[str, Sequence[Line]]) -> str:
     """The text of report.tex: one table over both columns per data set, which needs no package."""
-    lines = [f"% {_tex(text)}" for text in (ABOUT, *report.sources())]
-    for dataset in report.datasets():
-        columns = report.columns(dataset)
-        cells = [cell for row in report.rows(dataset) for cell in report.cells[row].values()]
+    lines = [f"% {_tex(text)}" for text in (ABOUT, _ABOUT_PAPER)]
+    for dataset, table in tables.items():
+        cells = [cell for line in table for cell in line.cells.values()]
         caption = rf"{_tex(dataset)}: average accuracy (\%) / forgetting (points) of the student"
-        caption += r", mean$_{\pm\mathrm{std}}$ over seeds" if any(len(cell.runs) > 1 for cell in cells) else ""
-        caption += f"; {_tex(PAPER_SHORT)}" if any(cell.paper for cell in cells) else ""
+        caption += r", mean$_{\pm\mathrm{std}}$ over seeds" if any(len(cell.complete) > 1 for cell in cells) else ""
+        caption += "; paper: the project page of arXiv 2407.13911" if any(cell.paper for cell in cells) else ""
         caption += "; $^*$: unfinished runs do not count" if any(cell.unfinished for cell in cells) else ""
-        head = ["Pair", "Learner", "", *(_tex(column.label) for column in columns)]
-        lines += [r"\begin{table*}", r"\centering", r"\fontsize{6}{7}\selectfont", r"\setlength{\tabcolsep}{2pt}",
-                  rf"\caption{{{caption}.}}", rf"\begin{{tabular}}{{lll{'c' * len(columns)}}}",
-                  r"\hline", " & ".join(head) + r" \\"]
-        pair = ""
-        for row in report.rows(dataset):
-            models = models_text(row)
-            lines += [r"\hline"] if models != pair else []
-            learner = ", ".join(name_texts(row, report.labels[row]))
-            leading = ["" if models == pair else _tex(models), _tex(learner)]
-            for what, texts in _tex_lines(report.cells[row], columns):
-                lines.append(" & ".join([*leading, what, *texts]) + r" \\")
-                leading = ["", ""]
-            pair = models
+        head = ["Pair", "Learner", "", *map(_tex, table[0].cells)]
+        lines += [r"\begin{table*}", r"\centering", r"\fontsize{6}{7}\selectfont", r"\setlength{\tabcolsep}{2pt}"]
+        lines += [rf"\caption{{{caption}.}}", rf"\begin{{tabular}}{{lll{'c' * len(table[0].cells)}}}"]
+        lines += [r"\hline", " & ".join(head) + r" \\"]
+        for models, group in itertools.groupby(table, key=lambda line: line.row.models):
+            lines.append(r"\hline")
+            for line in group:
+                lines += _tex_rows(line, models)
+                models = ""
         lines += [r"\hline", r"\end{tabular}", r"\end{table*}", ""]
     return "\n".join(lines)
 
 
-def _tex_lines(cells: Mapping[Column, Cell], columns: Sequence[Column]) -> Iterator[tuple[str, list[str]]]:
-    """Up to four lines of a row: ours, its number of seeds, the paper's and the difference, where there are any."""
-    best = best_column(cells)
-    ours, seeds, paper, difference = [], [], [], []
-    for column in columns:
-        cell = cells.get(column, Cell())
-        accuracy, forgetting = map(_tex_spread, ours_text(cell))
-        accuracy = rf"\textbf{{{accuracy}}}" if column == best else accuracy
-        ours.append((f"{accuracy} / {forgetting}" if accuracy else "") + ("$^*$" if cell.unfinished else ""))
-        seeds.append(str(len(cell.runs)) if cell.runs else "")
-        paper.append(_tex(paper_text(cell)))
-        difference.append(_tex(difference_text(cell)))
-    for what, texts in (("ours", ours), ("seeds", seeds), ("paper", paper), ("difference", difference)):
+def _tex(text: str) -> str:
+    return text.translate(_TEX)
+
+
+def _tex_rows(line: Line, models: str) -> list[str]:
+    """Up to four rows: ours, its number of seeds, the paper's and the difference, where there are any."""
+    best, cells = line.best(), line.cells.values()
+    parts = {
+        "ours": [_tex_ours(cell, column == best) for column, cell in line.cells.items()],
+        "seeds": [str(len(cell.complete) or "") for cell in cells],
+        "paper": [_tex(pair(cell.paper)) for cell in cells],
+        "difference": [_tex(pair(cell.difference(), "+")) for cell in cells],
+    }
+    leading, rows = [_tex(models), _tex(line.name)], []
+    for part, texts in parts.items():
         if any(texts):
-            yield what, texts
+            rows.append(" & ".join([*leading, part, *texts]) + r" \\")
+            leading = ["", ""]
+    return rows
+
+
+def _tex_ours(cell: Cell, best: bool) -> str:
+    accuracy, forgetting = (_tex_spread(cell.measure(name)) for name in ("final_average_accuracy", "forgetting"))
+    accuracy = rf"\textbf{{{accuracy}}}" if best else accuracy
+    return (f"{accuracy} / {forgetting}" if cell.complete else "") + ("$^*$" if cell.unfinished else "")
+
+
+def _tex_spread(measured: Pair | None) -> str:
+    """The deviation small below the line: with 6 pt letters six columns of two numbers each fit a page."""
+    mean, _, deviation = spread(measured).partition(" ± ")
+    return _tex(mean) + (rf"$_{{\pm {deviation}}}$" if deviation else "")
