@@ -29,37 +29,33 @@ _BARS = ("tasks", "phases", "epochs", "batches")
 _log = logging.getLogger(__name__)
 
 
-class _TolerantHandler(logging.Handler):
-    """Lose a line rather than the run when the disk is full."""
+class _Handler(logging.Handler):
+    """Adds ``%(prefix)s``, the level of warnings and errors, and drops lines instead of failing on a full disk."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.prefix = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        return super().format(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
 
-class _ConsoleHandler(_TolerantHandler):
+class _ConsoleHandler(_Handler):
     """Plain lines on the standard output, written above the progress bars rather than through them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads any more; without a new target Python would complain again on exit
+        except BrokenPipeError:  # the reader is gone: discard the rest, including what Python flushes on exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except Exception:
             self.handleError(record)
 
 
-class _FileHandler(_TolerantHandler, logging.FileHandler):
+class _FileHandler(_Handler, logging.FileHandler):
     """output.log."""
-
-
-class _Formatter(logging.Formatter):
-    """Offers ``%(prefix)s``: the level of warnings and errors, else nothing."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.prefix = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
-        return super().formatMessage(record)
 
 
 def setup_logging(log_file: Path | None, *, main: bool = True) -> None:
@@ -73,15 +69,15 @@ def setup_logging(log_file: Path | None, *, main: bool = True) -> None:
         OSError: the file cannot be written.
     """
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, _TolerantHandler)]:
+    for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
         root.removeHandler(handler)
         handler.close()
     console = _ConsoleHandler(logging.INFO if main else logging.WARNING)
-    console.setFormatter(_Formatter("%(prefix)s%(message)s"))
+    console.setFormatter(logging.Formatter("%(prefix)s%(message)s"))
     root.addHandler(console)
     if log_file is not None and main:
         file = _FileHandler(log_file, encoding="utf-8")
-        file.setFormatter(_Formatter("%(asctime)s  %(prefix)s%(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+        file.setFormatter(logging.Formatter("%(asctime)s  %(prefix)s%(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
         root.addHandler(file)
     for name in _PACKAGES:  # other packages keep the root's level, WARNING
         logging.getLogger(name).setLevel(logging.DEBUG)
@@ -156,7 +152,7 @@ class Progress:
     """Bars over tasks, models, epochs and batches, and lines in the log.
 
     Each epoch ends with a line in output.log, the training of a model with one on the console. Without bars the
-    console also hears once a minute where the run is.
+    console also shows once a minute where the run is.
 
     Args:
         enabled: whether to draw bars; None draws them when the standard error is a terminal.
@@ -177,7 +173,7 @@ class Progress:
         """Begin training a task's teacher or student, at epoch ``start_epoch`` (tasks and epochs count from 0)."""
         self._task, self._role, self._epoch, self._epochs = task, role, start_epoch, epochs
         self._step, self._steps, self._figures = 0, 1, ""
-        self._training = self._batches = _Speed()
+        self._training_speed = self._epoch_speed = _Speed()
         if self._share_before is None:
             self._share_before = self._share()
         self._draw()
@@ -185,14 +181,14 @@ class Progress:
     def start_epoch(self, epoch: int, steps: int) -> None:
         """Begin epoch ``epoch`` (from 0) of ``steps`` batches."""
         self._epoch, self._step, self._steps = epoch, 0, steps
-        self._batches = _Speed()
+        self._epoch_speed = _Speed()
         self._draw()
 
     def step(self, images: int) -> None:
         """Count one batch of ``images`` images; costs next to nothing and never waits for the device."""
         self._step += 1
-        self._batches.images += images
-        self._training.images += images
+        self._epoch_speed.images += images
+        self._training_speed.images += images
         if self._bars:
             self._bars[-1].update()
 
@@ -201,18 +197,18 @@ class Progress:
         self._figures = f"loss {loss:.4f}, train accuracy {accuracy:.2f} %"
         self._draw()
         where = f" epoch {self._epoch + 1}/{self._epochs} batch {self._step}/{self._steps}"
-        self._line(logging.NOTSET, where, str(self._batches))
+        self._line(logging.NOTSET, where, self._epoch_speed)
 
     def end_epoch(self) -> None:
         """End the epoch."""
         self._epoch, self._step = self._epoch + 1, 0
-        self._line(logging.DEBUG, f" epoch {self._epoch}/{self._epochs}", str(self._batches))
+        self._line(logging.DEBUG, f" epoch {self._epoch}/{self._epochs}", self._epoch_speed)
         self._draw()
 
     def end_training(self) -> None:
         """End the training of this model."""
-        took = duration(time.monotonic() - self._training.started)
-        self._line(logging.INFO, "", f"{self._training}, took {took}")
+        took = duration(time.monotonic() - self._training_speed.started)
+        self._line(logging.INFO, "", f"{self._training_speed}, took {took}")
 
     def close(self) -> None:
         """Remove the bars."""
@@ -223,15 +219,15 @@ class Progress:
         trained = self.roles.index(self._role) + (self._epoch == self._epochs)
         done = (self._task, trained, self._epoch, self._step)
         totals = (self.num_tasks, len(self.roles), self._epochs, self._steps)
-        notes = (self._left(), self._role, self._figures, str(self._batches))
+        notes = (self._left(), self._role, self._figures, str(self._epoch_speed))
         for bar, n, total, note in zip(self._bars, done, totals, notes, strict=False):
             bar.total = total
             bar.set_postfix_str(note, refresh=False)
             bar.update(n - bar.n)
             bar.refresh()
 
-    def _line(self, level: int, where: str, speed: str) -> None:
-        """Log where the run is at ``level``, but without bars once a minute for the console."""
+    def _line(self, level: int, where: str, speed: str | _Speed) -> None:
+        """Log where the run is: with ``level`` (NOTSET: not at all), but without bars once a minute with INFO."""
         if not self._bars and time.monotonic() - self._last_line >= QUIET_SECONDS:
             level = logging.INFO
         if level == logging.INFO:
@@ -255,7 +251,7 @@ class Progress:
 
 
 class _Speed:
-    """Counts images since it was made."""
+    """Images per second since this object was made."""
 
     def __init__(self) -> None:
         self.images, self.started = 0, time.monotonic()

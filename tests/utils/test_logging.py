@@ -54,18 +54,14 @@ def test_environment_and_memory():
 
 
 def test_git_commit(tmp_path):
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    assert cdl_logging._git_commit(tmp_path) is None  # no commit yet
-    for content, ending in (("1", ""), ("2", "-dirty")):
-        (tmp_path / "file").write_text(content)
-        if not ending:
-            subprocess.run([*git, "add", "file"], check=True)
-            subprocess.run([*git, "commit", "-qm", "one"], check=True)
-            subprocess.run([*git, "tag", "v1"], check=True)
-        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-        assert cdl_logging._git_commit(tmp_path) == commit + ending
     (tmp_path / "inner").mkdir()
+    (tmp_path / "file").write_text("1")
+    git = "git -c user.name=a -c user.email=a@b"
+    commands = f"{git} init -q; {git} add file; {git} commit -qm one; {git} tag v1; {git} rev-parse HEAD"
+    commit = subprocess.check_output(["bash", "-c", commands], cwd=tmp_path, text=True).strip()
+    assert cdl_logging._git_commit(tmp_path) == commit and len(commit) == 40
+    (tmp_path / "file").write_text("2")
+    assert cdl_logging._git_commit(tmp_path) == f"{commit}-dirty"
     assert cdl_logging._git_commit(tmp_path / "inner") is None  # somebody else's checkout
 
 
@@ -76,12 +72,7 @@ def test_missing_tensorboard_is_a_clear_error(monkeypatch, tmp_path):
 
 
 def test_duration():
-    assert [duration(0), duration(59.6), duration(3723), duration(90000)] == [
-        "0:00:00",
-        "0:01:00",
-        "1:02:03",
-        "25:00:00",
-    ]
+    assert [*map(duration, (0, 59.6, 3723, 90000))] == ["0:00:00", "0:01:00", "1:02:03", "25:00:00"]
 
 
 def run(enabled, tasks):

@@ -59,8 +59,8 @@ class Run:
 def find_runs(folders: Sequence[Path], leave_out: Path | None = None) -> tuple[list[Run], list[tuple[str, str]]]:
     """All runs below ``folders``, and (folder, reason) for what is there but is not used.
 
-    Of several runs with the same settings and seed the one that got furthest is used. ``leave_out`` is an absolute
-    path of no interest, that of the report.
+    Of several runs with the same settings and seed the one that got furthest is used. The absolute path
+    ``leave_out``, that of the report, is not listed.
     """
     runs: dict[Path, Run] = {}
     unused: dict[str, str] = {}

@@ -122,12 +122,14 @@ def build_tables(runs: Sequence[Run]) -> dict[str, list[Line]]:
     Returns:
         Data set -> lines of its table, which all have the same columns.
     """
-    paper, order = paper_numbers(), list(paper_numbers())
+    paper = paper_numbers()
+    order = list(paper)
     lines: dict[tuple[Row, str], dict[str, Cell]] = defaultdict(lambda: defaultdict(Cell))
     for run in sorted(runs, key=lambda run: run.seed):
         cell = lines[run.row, run.settings][run.column]
         (cell.complete if run.complete else cell.unfinished).append(run)
-    for row in [row for row in order if any(row.dataset == other.dataset for other, _ in lines)]:
+    datasets = {row.dataset for row, _ in lines}
+    for row in [row for row in paper if row.dataset in datasets]:
         for key in [key for key in lines if key[0] == row] or [(row, "{}")]:
             for column, numbers in paper[row].items():
                 lines[key][column].paper = numbers
