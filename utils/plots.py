@@ -31,7 +31,6 @@ _TOTAL = "loss"
 _TERMS = {_TOTAL: "total", "ce": "cross-entropy", "distill": "distillation", "feature": "features", "prompt": "prompts"}
 _NO_LOSSES = {"accuracy", "gradient"}
 _RC = {
-    "font.size": 10,
     "axes.titlesize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
