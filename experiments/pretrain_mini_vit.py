@@ -1,11 +1,11 @@
 """Pre-train mini_vit_base and mini_vit_small on the base classes of Emoji-R, on one CPU core each.
 
     python dataloaders/data/emoji_r/build.py --node_modules DIR --out DIR --base base.npz
-    python -m models.pretrain_mini_vit --base base.npz --model mini_vit_small --epochs 80 --out runs/small
-    python -m models.pretrain_mini_vit --base base.npz --model mini_vit_base --epochs 44 --out runs/base
-    python -m models.pretrain_mini_vit --base base.npz --model mini_vit_base --epochs 30 --out runs/base2 \
+    python -m experiments.pretrain_mini_vit --base base.npz --model mini_vit_small --epochs 80 --out runs/small
+    python -m experiments.pretrain_mini_vit --base base.npz --model mini_vit_base --epochs 44 --out runs/base
+    python -m experiments.pretrain_mini_vit --base base.npz --model mini_vit_base --epochs 30 --out runs/base2 \
         --init runs/base/checkpoint.pt
-    python -m models.pretrain_mini_vit --probe
+    python -m experiments.pretrain_mini_vit --probe
 
 Writes ``OUT/checkpoint.pt`` after every epoch (a killed run continues from there and ends with the same
 weights) and ``OUT/<model>.safetensors``: fp16, BatchNorm folded, for images in [0, 1]. Recipes are judged

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dataloaders.tasks import TaskStream
-from utils import plots
 from utils.checkpoint import CLASSES, METRICS, RunFolder
 from utils.config import Config, ConfigError
 from utils.logging import environment, peak_memory_mb
@@ -116,15 +115,18 @@ def write_results(folder: RunFolder, config: Config, run: Run, history: History)
     Raises:
         RunFolderError: a file cannot be written.
     """
-    metrics = build_metrics(config, run, history)
+    text = metrics_json(build_metrics(config, run, history))
+    metrics = json.loads(text)  # pictures show the rounded numbers, so that they can be drawn again from the file
     timing = history.timing() | {"peak_memory_mb": peak_memory_mb(), **environment()}
     folder.write(TIMING, (json.dumps(timing, indent=1) + "\n").encode())
     for role in history.accuracy:
         folder.write(CSV[role], acc_csv(metrics[role]["average_accuracy"]).encode())
     if metrics["complete"]:
+        from utils import plots  # loads matplotlib
+
         for name, picture in plots.draw(metrics).items():
             folder.write(f"Results/{name}", picture)
-    folder.write(METRICS, metrics_json(metrics).encode())
+    folder.write(METRICS, text.encode())
 
 
 def log_summary(folder: RunFolder) -> None:

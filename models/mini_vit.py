@@ -4,7 +4,7 @@
 :class:`VisionTransformer` with :class:`ConvStem` as ``embed_layer``: with few images, convolutions learn
 local features that a plain patch projection does not (Xiao et al., "Early Convolutions Help Transformers
 See Better", 2021). Both take RGB images in [0, 1] without any normalisation. The weights in
-``models/weights`` were made by ``models/pretrain_mini_vit.py``.
+``models/weights`` were made by ``experiments/pretrain_mini_vit.py``.
 
 Shapes: B batch, N patches (4 x 4 = 16), D width.
 """
@@ -41,7 +41,7 @@ class ConvStem(nn.Module):
         embed_dim: D.
         norm: put BatchNorm after each convolution, as pre-training does. The shipped weights have it
             folded into the convolutions (:func:`fold_batchnorm`), which then have a bias.
-        timm_options: what else timm passes to an ``embed_layer``; none of it concerns this stem.
+        timm_options: further arguments that timm passes to an ``embed_layer``; none concerns this stem.
 
     Raises:
         ValueError: ``patch_size`` is no power of two or does not divide ``img_size``.
@@ -53,7 +53,7 @@ class ConvStem(nn.Module):
         halvings = int(math.log2(patch_size))
         if 2**halvings != patch_size or img_size % patch_size:
             raise ValueError(f"patch_size must be a power of two that divides {img_size}, not {patch_size}")
-        # What timm's VisionTransformer reads from its embedding layer.
+        # timm's VisionTransformer reads these from its embedding layer.
         self.img_size = (img_size, img_size)
         self.patch_size = (patch_size, patch_size)
         self.grid_size = (img_size // patch_size, img_size // patch_size)

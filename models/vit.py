@@ -29,7 +29,7 @@ class KV(NamedTuple):
 
 
 class LayerPrompt(NamedTuple):
-    """What one block's attention reads besides the tokens: ``keys = [prefix; K(tokens); suffix]``."""
+    """Keys and values that one block's attention reads besides the tokens: ``keys = [prefix; K(tokens); suffix]``."""
 
     prefix: KV | None = None
     suffix: KV | None = None
@@ -117,6 +117,7 @@ class PromptedViT(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Turn images [B, 3, H, W] in [0, 1] into the tokens [B, N, D] that enter block 0."""
         with self._arithmetic(images.device):
+            # timm has no public name for adding class token, registers and positions.
             tokens = self.vit._pos_embed(self.vit.patch_embed(images))
             return self.vit.norm_pre(tokens)
 
@@ -131,7 +132,7 @@ class PromptedViT(nn.Module):
         """Run the blocks.
 
         Args:
-            tokens: what :meth:`embed` returned, [B, N, D].
+            tokens: result of :meth:`embed`, [B, N, D].
             prompts: one entry per block, or None for none.
             extra_tokens: [T, D], appended to every image's tokens without position embedding.
             return_blocks: also return every block's output. Without it, the last block computes queries,

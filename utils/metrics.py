@@ -13,18 +13,6 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-FORMAT = 1
-
-# Key in metrics.json -> key of the settings (the command line's names) that it repeats for quick reading.
-FROM_SETTINGS = {
-    "dataset": "dataset",
-    "learner_name": "learner_name",
-    "KD_method": "KD_method",
-    "t_model": "t_model",
-    "s_model": "s_model",
-    "seed": "random_s",
-}
-
 # Name of a measure in metrics.json -> name in tables.
 MEASURES = {
     "final_average_accuracy": "Final average accuracy",

@@ -18,7 +18,7 @@ class PromptEntry(Entry):
     """One line of the PROMPTS table.
 
     Attributes:
-        fields: what each value of ``--prompt_param`` is, in order.
+        fields: the values of ``--prompt_param``, in order.
         paper: the values of the paper, used when ``--prompt_param`` is not given.
     """
 
@@ -55,18 +55,38 @@ class PromptEntry(Entry):
         return " ".join(f"{value:g}" for value in self.paper)
 
 
-PROMPTS: Registry[PromptEntry] = Registry("learner", {
-    "CODAPrompt": PromptEntry(
-        "models.prompts.coda:CODAPrompt", "all components, weighted by similarity; new ones for each task",
-        fields=(PoolSize("pool", "pool size", per_task=True), EvenLength("length", "prompt length"),
-                Weight("ortho_weight", "orthogonality weight")), paper=(100, 8, 0.0)),
-    "DualPrompt": PromptEntry(
-        "models.prompts.dualprompt:DualPrompt", "general prompts for all images, one expert prompt per task",
-        fields=(PoolSize("pool", "pool size", per_task=True), EvenLength("e_length", "expert prompt length"),
-                EvenLength("g_length", "general prompt length")), paper=(10, 20, 6)),
-    "L2P": PromptEntry(
-        "models.prompts.l2p:L2P", "the five prompts of a shared pool whose keys match the query best",
-        fields=(PoolSize("pool", "pool size", minimum=5), EvenLength("length", "prompt length"),
-                OneOf("deep", "depth", {-1: False, 0: False, 1: True}, "-1 (shallow) or 1 (deep)")),
-        paper=(30, 20, -1)),
-})  # fmt: skip
+PROMPTS: Registry[PromptEntry] = Registry(
+    "learner",
+    {
+        "CODAPrompt": PromptEntry(
+            "models.prompts.coda:CODAPrompt",
+            "all components, weighted by similarity; new ones for each task",
+            fields=(
+                PoolSize("pool", "pool size", per_task=True),
+                EvenLength("length", "prompt length"),
+                Weight("ortho_weight", "orthogonality weight"),
+            ),
+            paper=(100, 8, 0.0),
+        ),
+        "DualPrompt": PromptEntry(
+            "models.prompts.dualprompt:DualPrompt",
+            "general prompts for all images, one expert prompt per task",
+            fields=(
+                PoolSize("pool", "pool size", per_task=True),
+                EvenLength("e_length", "expert prompt length"),
+                EvenLength("g_length", "general prompt length"),
+            ),
+            paper=(10, 20, 6),
+        ),
+        "L2P": PromptEntry(
+            "models.prompts.l2p:L2P",
+            "the five prompts of a shared pool whose keys match the query best",
+            fields=(
+                PoolSize("pool", "pool size", minimum=5),
+                EvenLength("length", "prompt length"),
+                OneOf("deep", "depth", {-1: False, 0: False, 1: True}, "-1 (shallow) or 1 (deep)"),
+            ),
+            paper=(30, 20, -1),
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""What every prompt pool is: a query goes in, one prefix per block and a loss come out."""
+"""The base of all prompt pools: a query goes in, one prefix per block and a loss come out."""
 
 from __future__ import annotations
 

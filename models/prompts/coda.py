@@ -27,8 +27,6 @@ class CODAPrompt(PromptPool):
     def __init__(self, *, pool: int, length: int, ortho_weight: float, dims: PromptDims) -> None:
         super().__init__(dims)
         self.per_task = pool // dims.num_tasks
-        if self.per_task == 0:
-            raise ValueError(f"a pool of {pool} components cannot serve {dims.num_tasks} tasks")
         self.ortho_weight = ortho_weight
         self.layers = self.blocks(range(5))
         for layer in self.layers:
@@ -38,7 +36,7 @@ class CODAPrompt(PromptPool):
         self.begin_task(0, torch.default_generator)
 
     def begin_task(self, task: int, generator: torch.Generator) -> None:
-        """Grow the pool: draw the task's components anew, orthogonal to all earlier ones."""
+        """Grow the pool: draw the task's components, orthogonal to all earlier ones."""
         super().begin_task(task, generator)
         start, stop = self._components()
         for layer in self.layers:
@@ -115,10 +113,10 @@ def orthogonality(x: Tensor) -> Tensor:
 
 
 def gram_schmidt_growth(before: Tensor, draws: Tensor, start: int) -> Tensor:
-    """Draw components anew, orthogonal to all earlier ones by classical Gram-Schmidt.
+    """Draw new components, orthogonal to all earlier ones by classical Gram-Schmidt.
 
     Rows before ``start`` stay; row start + i becomes ``draws[i]`` less its projections, each computed from
-    the draw itself, on all earlier rows as they stand: learned rows are neither orthogonal nor unit length,
+    the draw itself, on all earlier rows as they are: learned rows are neither orthogonal nor unit length,
     and the new ones are normalised only after all are made. Rows past the new ones become 0.
 
     Args:

@@ -23,8 +23,6 @@ class DualPrompt(PromptPool):
 
     def __init__(self, *, pool: int, e_length: int, g_length: int, dims: PromptDims) -> None:
         super().__init__(dims)
-        if pool < dims.num_tasks:
-            raise ValueError(f"a pool of {pool} E prompts cannot serve {dims.num_tasks} tasks")
         self.g_layers = self.blocks(range(2))
         self.e_layers = self.blocks(range(2, 5))
         for layer in self.g_layers:

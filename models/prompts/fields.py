@@ -1,4 +1,4 @@
-"""What one value of ``--prompt_param`` may be: the rules that the PROMPTS table puts together.
+"""Rules for the values of ``--prompt_param``, which the PROMPTS table puts together.
 
 Each rule turns one number into one keyword of a pool's constructor, or says what is wrong with it.
 Reading them imports no torch.

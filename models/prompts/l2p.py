@@ -25,8 +25,6 @@ class L2P(PromptPool):
 
     def __init__(self, *, pool: int, length: int, deep: bool, dims: PromptDims) -> None:
         super().__init__(dims)
-        if pool < TOP_K:
-            raise ValueError(f"L2P selects {TOP_K} prompts, the pool has {pool}")
         self.layers = self.blocks(range(5 if deep else 1))
         for layer in self.layers:
             self.register_parameter(f"e_p_{layer}", uniform_parameter(pool, length, dims.embed_dim))

@@ -15,7 +15,7 @@ from models.mini_vit import (
     mini_vit_small,
     weights_path,
 )
-from models.pretrain_mini_vit import (
+from experiments.pretrain_mini_vit import (
     Data,
     PairSampler,
     Pretrainer,
