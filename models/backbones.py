@@ -135,7 +135,9 @@ def _load(full: str, file: Path) -> torch.nn.Module:
             vit.load_state_dict(state)
             return vit
         _check_geometry(state, _create(full))
-        return _create(full, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
+        # timm is strict about names only where the classifier of file and model agree: neither has one.
+        state = {key: value for key, value in state.items() if not key.startswith(("head", "fc.", "pre_logits"))}
+        return _create(full, pretrained=True, pretrained_cfg_overlay={"state_dict": state, "num_classes": 0})
     except BackboneError:
         raise
     except Exception as error:  # a file of another model, or a damaged archive, can raise anything

@@ -238,12 +238,14 @@ def test_weights_in_the_hubs_cache_are_found(file, cache):
 
 def test_a_download_goes_through_timm(cache, monkeypatch, tmp_path):
     """As timm's client for the hub does it, the file is in the cache afterwards."""
-    save_file(state_of(), tmp_path / "model.safetensors")
+    name = "vit_base_patch16_224.dino"
+    state = {key: value for key, value in state_of(name).items() if "head" not in key}
+    save_file(state, tmp_path / "model.safetensors")
     monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda *_, **__: str(tmp_path / "model.safetensors"))
     found = iter([None, None, str(tmp_path / "model.safetensors")])
     monkeypatch.setattr(backbones, "try_to_load_from_cache", lambda *_: next(found))
-    backbone = load_backbone("vit_base_patch16_224.dino")
-    assert (backbone.tag, backbone.source) == ("vit_base_patch16_224.dino", str(tmp_path / "model.safetensors"))
+    backbone = load_backbone(name)
+    assert (backbone.tag, backbone.source) == (name, str(tmp_path / "model.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,8 @@ def test_a_download_goes_through_timm(cache, monkeypatch, tmp_path):
         ("vit_base_patch16_224.augreg_in22k", "did you mean vit_base_patch16_224.augreg_in21k"),
         ("vit_base_patch16_siglip_224", "cannot be used: it has no class token"),
         ("hf-hub:timm/vit_base_patch16_224.dino", "no vision transformer of timm"),
-        ("vit_small_patch16_18x2_224", "no weights for vit_small_patch16_18x2_224"),
+        ("vit_small_patch16_18x2_224", "cannot be used: it is built of ParallelThingsBlock"),
+        ("vit_small_patch8_224", "no weights for vit_small_patch8_224"),
         (NAME, "https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k/resolve/main/model.safetensors"),
     ],
 )

@@ -129,8 +129,3 @@ def test_penalty_is_of_used_components_in_training_only():
     torch.testing.assert_close(pool(torch.randn(1, 12)).loss, torch.tensor(0.5 * 5 * 3 * 4.5))
     assert pool.eval()(torch.randn(1, 12)).loss == 0
     assert build().train()(torch.randn(1, 12)).loss == 0
-
-
-def test_pool_without_a_component_for_each_task_is_refused():
-    with pytest.raises(ValueError, match="a pool of 2 components cannot serve 3 tasks"):
-        build(pool=2)

@@ -67,8 +67,3 @@ def test_only_the_entry_of_the_task_is_trained():
     (sum(part.sum() for layer in layers[:5] for part in layer.prefix) + loss).backward()
     assert pool.e_p_2.grad.flatten(1).any(dim=1).tolist() == [False, False, True]
     assert pool.e_k_2.grad.any(dim=1).tolist() == [False, False, True]
-
-
-def test_pool_without_an_entry_for_each_task_is_refused():
-    with pytest.raises(ValueError, match="a pool of 2 E prompts cannot serve 3 tasks"):
-        DualPrompt(pool=2, e_length=6, g_length=4, dims=DIMS)

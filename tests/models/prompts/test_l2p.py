@@ -60,8 +60,3 @@ def test_usage_counts_five_choices_an_image():
     usage = build().usage(torch.tensor([[1.0, 0.0], [-1.0, 0.5]]))
     assert list(usage) == ["block 0"] and usage["block 0"].sum() == 10
     assert usage["block 0"][:3].tolist() == [1, 1, 1] and usage["block 0"][7] == 1
-
-
-def test_pool_of_fewer_than_five_is_refused():
-    with pytest.raises(ValueError, match="selects 5 prompts, the pool has 4"):
-        build(pool=4)
