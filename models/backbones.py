@@ -82,8 +82,16 @@ def load_backbone(name: str, *, weights: Path | None = None, pretrained: bool = 
 
 
 def full_name(name: str) -> str:
-    """The name with the paper's tag where the paper's bare name would mean timm's present default."""
-    return f"{name}.{PAPER_TAG}" if name in PAPER_NAMES else name
+    """The name with its tag, ``architecture.tag``.
+
+    The paper's bare names mean their ``augreg_in21k_ft_in1k`` weights, other bare names timm's default.
+    """
+    if name in PAPER_NAMES:
+        return f"{name}.{PAPER_TAG}"
+    if name in OWN_MODELS or "." in name:
+        return name
+    config = timm.get_pretrained_cfg(name)
+    return f"{config.architecture}.{config.tag}" if config.tag else name
 
 
 def size_of(vit: PromptedViT) -> ViTSize:

@@ -258,7 +258,7 @@ def test_a_download_goes_through_timm(cache, monkeypatch, tmp_path):
         ("vit_base_patch16_siglip_224", "cannot be used: it has no class token"),
         ("hf-hub:timm/vit_base_patch16_224.dino", "no vision transformer of timm"),
         ("vit_small_patch16_18x2_224", "cannot be used: it is built of ParallelThingsBlock"),
-        ("vit_small_patch8_224", "no weights for vit_small_patch8_224"),
+        ("vit_large_patch14_224", "no weights for vit_large_patch14_224"),
         (NAME, "https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k/resolve/main/model.safetensors"),
     ],
 )
