@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
+import urllib.request
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import load_state_dict
 
 from models import mini_vit
@@ -120,6 +123,9 @@ def _download(full: str) -> tuple[torch.nn.Module, Path]:
     if not repository:
         raise BackboneError(f"timm has no weights for {full} on the hub; give a file (--t_weights/--s_weights FILE)")
     try:
+        if not constants.HF_HUB_OFFLINE and not urllib.request.getproxies():
+            # Without a network the hub's client would try again for a minute.
+            socket.create_connection((urlsplit(constants.ENDPOINT).hostname, 443), timeout=5).close()
         return _create(full, pretrained=True), cached_file(full)
     except Exception as error:  # the hub's client has dozens of its own and passes on those of its parts
         raise BackboneError(
