@@ -7,9 +7,10 @@
         --init runs/base/checkpoint.pt
     python -m experiments.pretrain_mini_vit --probe
 
-Writes ``OUT/checkpoint.pt`` after every epoch (a killed run continues from there and ends with the same
-weights) and ``OUT/<model>.safetensors``: fp16, BatchNorm folded, for images in [0, 1]. Recipes are judged
-on 60 base classes that are never trained on; ``--probe`` looks at the novel classes, so run it last.
+Run it in the project's root. It writes ``OUT/checkpoint.pt`` after every epoch (a killed run resumes from there
+and ends with the same weights) and ``OUT/<model>.safetensors``: fp16, BatchNorm folded, for images in [0, 1].
+Recipes are judged on 60 base classes that are never trained on; ``--probe`` looks at the novel classes, so run it
+last.
 
 Recipe: cosine classifier over the base classes plus a supervised contrastive loss on pairs (two renditions
 of one class), BatchNorm on the pooled (CLS) feature while training, AdamW, cosine schedule, a quarter of
@@ -87,12 +88,12 @@ def load_base(path: Path) -> tuple[Data, Data, Data]:
 
 def load_novel(split: str) -> Data:
     """The novel classes' images in [0, 1], float [n, 3, 64, 64], of ``"train"`` or ``"test"``."""
-    rows = [row for row in json.loads((NOVEL / "index.json").read_text(encoding="utf-8"))["images"]
-            if row["split"] == split]
+    index = json.loads((NOVEL / "index.json").read_text(encoding="utf-8"))
+    rows = [row for row in index["images"] if row["split"] == split]
     with zipfile.ZipFile(NOVEL / "images.zip") as archive:
         images = np.stack([np.asarray(Image.open(io.BytesIO(archive.read(row["file"])))) for row in rows])
-    return Data(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255,
-                torch.tensor([row["label"] for row in rows]))
+    labels = torch.tensor([row["label"] for row in rows])
+    return Data(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, labels)
 
 
 def on_white(images: Tensor) -> Tensor:
@@ -177,11 +178,10 @@ class Pretrainer(nn.Module):
 
 
 class PairSampler:
-    """Batches of PAIRS classes, two random renditions each; an epoch shows as many images as there are."""
+    """Batches of PAIRS classes, two random renditions each; an epoch shows as many images as the data have."""
 
     def __init__(self, labels: Tensor):
-        self.rows = [rows for rows in labels.argsort(stable=True).split(labels.bincount().tolist())
-                     if len(rows) >= 2]
+        self.rows = [rows for rows in labels.argsort(stable=True).split(labels.bincount().tolist()) if len(rows) >= 2]
         self.steps = len(labels) // (2 * PAIRS)
 
     def __iter__(self):
@@ -193,11 +193,13 @@ class PairSampler:
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """AdamW without weight decay on biases, norms, the CLS token and the position embedding."""
-    decayed = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("_token")
-               and not name.endswith("pos_embed")]
-    others = [p for name, p in model.named_parameters() if not any(p is q for q in decayed)]
-    return torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-                             lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    named = dict(model.named_parameters())
+    decayed = {name for name, p in named.items() if p.ndim > 1 and not name.endswith(("_token", "pos_embed"))}
+    groups = [
+        {"params": [p for name, p in named.items() if name in decayed]},
+        {"params": [p for name, p in named.items() if name not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=WEIGHT_DECAY)
 
 
 def schedule(step: int, total: int) -> float:
@@ -270,9 +272,9 @@ def export(name: str, state: dict[str, Tensor], path: Path, images: Tensor | Non
     write_atomically(path, lambda temporary: save_file(halves, temporary))
 
 
-def train_epoch(model: Pretrainer, optimizer: torch.optim.Optimizer, data: Data, epoch: int, args) -> dict:
-    """Train one epoch; returns mean loss and accuracy (%)."""
-    # Seeded by epoch, a run continued from a checkpoint draws what an uninterrupted one would.
+def train_epoch(model: Pretrainer, optimizer: torch.optim.Optimizer, data: Data, epoch: int, args) -> tuple:
+    """Train one epoch; return mean loss and accuracy (%)."""
+    # Seeded by epoch, so that a resumed run draws the same numbers as an uninterrupted one.
     torch.manual_seed(args.seed * 100_003 + epoch)
     model.train()
     sampler, losses, accuracies = PairSampler(data.labels), [], []
@@ -287,11 +289,11 @@ def train_epoch(model: Pretrainer, optimizer: torch.optim.Optimizer, data: Data,
         optimizer.step()
         losses.append(loss.item())
         accuracies.append(accuracy.item())
-    return {"loss": sum(losses) / len(losses), "accuracy": 100 * sum(accuracies) / len(accuracies)}
+    return sum(losses) / len(losses), 100 * sum(accuracies) / len(accuracies)
 
 
 def train(args) -> None:
-    """Pre-train one model, from its checkpoint if there is one, and export it."""
+    """Pre-train one model, resuming from its checkpoint if there is one, and export it."""
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "checkpoint.pt"
     data, held_train, held_test = load_base(args.base)
@@ -299,28 +301,25 @@ def train(args) -> None:
     model = Pretrainer(args.model, data.num_classes)
     optimizer = make_optimizer(model, args.lr)
     first, seconds = 0, 0.0
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, seconds = saved["epoch"], saved["seconds"]
-    elif args.init:
-        saved = torch.load(args.init, weights_only=True)
+    if path.exists() or args.init:
+        saved = torch.load(path if path.exists() else args.init, weights_only=True)
         model.load_state_dict(saved["model"])
         seconds = saved["seconds"]
-    LOG.info("%s: %d classes, %d images, %d held-out classes, from epoch %d of %d", args.model,
-             data.num_classes, len(data.labels), held_train.num_classes, first, args.epochs)
+        if path.exists():
+            optimizer.load_state_dict(saved["optimizer"])
+            first = saved["epoch"]
+    LOG.info("%s: %d classes, %d images", args.model, data.num_classes, len(data.labels))
+    LOG.info("%d held-out classes, from epoch %d of %d", held_train.num_classes, first, args.epochs)
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
-        result = train_epoch(model, optimizer, data, epoch, args)
+        loss, accuracy = train_epoch(model, optimizer, data, epoch, args)
         seconds += time.perf_counter() - start
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
-                 "seconds": seconds}
+        state = {"epoch": epoch + 1, "seconds": seconds}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         write_atomically(path, lambda temporary, state=state: torch.save(state, temporary))
-        held_out = [Data(extract(model.backbone, on_white(part.images)), part.labels)
-                    for part in (held_train, held_test)]
-        LOG.info("epoch %3d: %6.0f s, loss %.3f, accuracy %.1f, held-out classes %.1f", epoch + 1, seconds,
-                 result["loss"], result["accuracy"], nearest_mean(*held_out))
+        features = (Data(extract(model.backbone, on_white(x)), labels) for x, labels in (held_train, held_test))
+        LOG.info("epoch %3d: %6.0f s, loss %.3f, accuracy %.1f", epoch + 1, seconds, loss, accuracy)
+        LOG.info("held-out classes: %.1f", nearest_mean(*features))
     export(args.model, model.backbone.state_dict(), args.out / f"{args.model}.safetensors", on_white(data.images))
 
 
@@ -350,8 +349,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help=f"default: {LEARNING_RATES}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--init", type=Path,
-                        help="checkpoint.pt of a finished run, to start another cosine cycle from its weights")
+    parser.add_argument("--init", type=Path, help="checkpoint.pt to start another cosine cycle from its weights")
     parser.add_argument("--out", type=Path, help="folder of checkpoint.pt and the weights")
     parser.add_argument("--probe", action="store_true", help="evaluate models/weights on the novel classes")
     args = parser.parse_args()

@@ -1,8 +1,7 @@
 """Checkpoints of the authors' implementation: ``T_class.pth`` (teacher) and ``S_class.pth`` (student).
 
-They are state dicts of whole models. The trained parts have the same names here, so that checkpoints of this project
-have the same format; the backbones and the query network beside them, and the ``module.`` of DataParallel before every
-name, are left out.
+They are state dicts of whole models, in which the trained parts have the same names as here. The backbones and the
+query network are left out.
 """
 
 from __future__ import annotations
@@ -14,51 +13,45 @@ from pathlib import Path
 
 from torch import Tensor
 
-from models.backbones import BackboneError, read_state
-
-FILES = {"teacher": "T_class.pth", "student": "S_class.pth"}
-# Trained parts of both models, and of the student alone (those of the KD methods).
-_MODEL = re.compile(r"(prompt|last)\.")
-_KD = re.compile(r"(kd_last|kd_prompt|project_t_s|ReviewKD_layers)\.")
+from models.backbones import BackboneError, misfit, read_state
 
 _log = logging.getLogger(__name__)
 
+FILES = {"teacher": "T_class.pth", "student": "S_class.pth"}
+_MODEL = re.compile(r"(prompt|last)\.")  # trained parts of both models
+_KD = re.compile(r"(kd_last|kd_prompt|project_t_s|ReviewKD_layers)\.")  # those of the KD methods, in the student
+
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, explained in one sentence."""
+    """A checkpoint that cannot be used; the message is one sentence."""
 
 
 def find_checkpoint(path: Path, role: str) -> Path:
-    """The file of one model.
+    """Find the file of one model.
 
     Args:
-        path: the file itself, the folder it is in, or one with folders ``task-<i>`` or ``models/task-<i>``,
-            of which the last task counts.
+        path: the file, its folder, or a folder with ``task-<i>`` or ``models/task-<i>``, of which the last task counts.
         role: ``"teacher"`` or ``"student"``.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no such file.
     """
-    if path.is_file():
-        return path
-    tasks = [folder for parent in (path, path / "models") for folder in parent.glob("task-*") if folder.is_dir()]
-    numbers = {folder: folder.name.removeprefix("task-") for folder in tasks}
-    tasks = sorted((folder for folder in tasks if numbers[folder].isdecimal()), key=lambda f: -int(numbers[f]))
-    for folder in (path, *tasks):
-        if (folder / FILES[role]).is_file():
-            return folder / FILES[role]
-    raise CheckpointError(f"{path} holds no {FILES[role]}, nor does a task-<i> folder in it")
+    for file in (path, path / FILES[role]):
+        if file.is_file():
+            return file
+    found = [*path.glob(f"task-*/{FILES[role]}"), *path.glob(f"models/task-*/{FILES[role]}")]
+    tasks = {file: file.parent.name.removeprefix("task-") for file in found}
+    numbers = {file: int(task) for file, task in tasks.items() if task.isdecimal()}
+    if not numbers:
+        raise CheckpointError(f"{path} holds no {FILES[role]}, nor does a task-<i> folder in it")
+    return max(numbers, key=numbers.get)
 
 
 def load_checkpoint(path: Path, role: str) -> dict[str, Tensor]:
-    """The trained parts of one model, by the names of ``TeacherStudentLearner.state``.
-
-    Args:
-        path: see :func:`find_checkpoint`.
-        role: ``"teacher"`` or ``"student"``.
+    """Load the trained parts of one model, in float32; see :func:`find_checkpoint` for the arguments.
 
     Raises:
-        CheckpointError: the file is missing or damaged, holds Python objects, or holds no trained parts.
+        CheckpointError: the file is missing or damaged, holds Python objects, or no trained parts.
     """
     file = find_checkpoint(path, role)
     try:
@@ -67,34 +60,23 @@ def load_checkpoint(path: Path, role: str) -> dict[str, Tensor]:
         raise CheckpointError(str(error)) from error
     if not any(_MODEL.match(key) for key in state):
         raise CheckpointError(f"{file} holds no prompts and no head; it is no checkpoint of a prompted model")
-    return {
-        key: value for key, value in state.items() if _MODEL.match(key) or (role == "student" and _KD.match(key))
-    }
+    wanted = [key for key in state if _MODEL.match(key) or (role == "student" and _KD.match(key))]
+    return {key: state[key].float() for key in wanted}
 
 
-def fit_checkpoint(state: Mapping[str, Tensor], model: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The part of a checkpoint that a model takes, without the parts of KD methods that the model does not use.
-
-    Args:
-        state: result of :func:`load_checkpoint`.
-        model: the model's own state.
-        path: origin of ``state``, for the message.
+def fit_checkpoint(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Leave out of ``state`` the parts of a KD method that the model does not have; the log names them.
 
     Raises:
-        CheckpointError: something that the model has is missing or has another shape (another learner, KD method,
-            ``--prompt_param``, backbone or number of classes).
+        CheckpointError: names or shapes differ in another way; the message names ``path``.
     """
-    unused = [key for key in state if _KD.match(key) and key not in model]
-    state = {key: value for key, value in state.items() if key not in unused}
-    shapes, expected = ({key: tuple(value.shape) for key, value in each.items()} for each in (state, model))
-    different = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
-    if different:
-        key = different[0]
-        raise CheckpointError(
-            f"{path} does not fit the model: {len(different)} tensors differ, such as {key}, which is {shapes.get(key)} "
-            f"in the file and {expected.get(key)} in the model; learner, KD method, their parameters, backbones and "
-            "classes must be those of the checkpoint"
-        )
+    unused = [key for key in state if _KD.match(key) and key not in model_state]
     if unused:
-        _log.warning("%s: %d tensors of another KD method left out, such as %s", path, len(unused), unused[0])
+        _log.warning("%s: %s of another KD method left out", path, ", ".join(unused))
+    state = {key: value for key, value in state.items() if key not in unused}
+    if problem := misfit(state, model_state):
+        raise CheckpointError(
+            f"{path} does not fit the model: {problem}; learner, KD method, their parameters, backbones and classes"
+            " must be those of the checkpoint"
+        )
     return state

@@ -31,62 +31,53 @@ def weights_path(name: str) -> Path:
 class ConvStem(nn.Module):
     """Stride-2 3x3 convolutions and a 1x1 projection instead of timm's ``PatchEmbed``.
 
-    One convolution for each halving (four for ``patch_size`` 16), the widths doubling up to
-    ``embed_dim``, each followed by ReLU.
+    There is one convolution for each halving (four for ``patch_size`` 16), followed by ReLU; the widths double up
+    to ``embed_dim``.
 
     Args:
         img_size: side of the square input, pixels.
-        patch_size: pixels per token and side; a power of two.
+        patch_size: pixels per token and side; a power of two that divides ``img_size``.
         in_chans: input channels.
         embed_dim: D.
-        norm: put BatchNorm after each convolution, as pre-training does. The shipped weights have it
-            folded into the convolutions (:func:`fold_batchnorm`), which then have a bias.
-        timm_options: further arguments that timm passes to an ``embed_layer``; none concerns this stem.
-
-    Raises:
-        ValueError: ``patch_size`` is no power of two or does not divide ``img_size``.
+        norm: put BatchNorm after each convolution, as pre-training does. The shipped weights have it folded into
+            the convolutions (:func:`fold_batchnorm`), which then have a bias.
+        timm_options: further options that timm passes to every ``embed_layer``, without a meaning here.
     """
 
-    def __init__(self, img_size: int = IMAGE_SIZE, patch_size: int = PATCH_SIZE, in_chans: int = 3,
-                 embed_dim: int = 192, norm: bool = False, **timm_options):
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, norm: bool, **timm_options):
         super().__init__()
-        halvings = int(math.log2(patch_size))
-        if 2**halvings != patch_size or img_size % patch_size:
-            raise ValueError(f"patch_size must be a power of two that divides {img_size}, not {patch_size}")
-        # timm's VisionTransformer reads these from its embedding layer.
+        # Attributes that timm's VisionTransformer reads from its embedding layer.
         self.img_size = (img_size, img_size)
         self.patch_size = (patch_size, patch_size)
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
+        halvings = int(math.log2(patch_size))
         widths = [in_chans] + [max(16, embed_dim >> (halvings - 1 - i)) for i in range(halvings)]
-        self.body = nn.Sequential(*(
-            nn.Sequential(OrderedDict(
+        self.body = nn.Sequential()
+        for before, after in zip(widths[:-1], widths[1:], strict=True):
+            layers = OrderedDict(
                 conv=nn.Conv2d(before, after, 3, stride=2, padding=1, bias=not norm),
                 norm=nn.BatchNorm2d(after) if norm else nn.Identity(),
                 act=nn.ReLU(inplace=True),
-            ))
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
-        ))
+            )
+            self.body.append(nn.Sequential(layers))
         self.proj = nn.Conv2d(widths[-1], embed_dim, 1)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels per token and side, as timm asks for it."""
+        """Pixels per token and side, under timm's name."""
         return self.patch_size[0] if as_scalar else self.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, 64, 64] -> tokens [B, N, D]."""
+        """Embed images [B, 3, 64, 64] as tokens [B, N, D]."""
         return self.proj(self.body(images)).flatten(2).transpose(1, 2)
 
 
 def fold_batchnorm(model: VisionTransformer) -> VisionTransformer:
-    """Fold the stem's BatchNorm into its convolutions, in place; the outputs of evaluation stay the same.
-
-    Args:
-        model: a model made with ``norm=True``; it is put into evaluation mode.
+    """Fold the stem's BatchNorm into its convolutions, in place, so that ``norm=True`` becomes ``norm=False``.
 
     Returns:
-        The same model, its state dict now that of one made with ``norm=False``.
+        The same model in evaluation mode, with the same outputs.
     """
     model.eval()
     for block in model.patch_embed.body:
@@ -98,8 +89,15 @@ def fold_batchnorm(model: VisionTransformer) -> VisionTransformer:
 
 def _mini_vit(embed_dim: int, depth: int, num_heads: int, norm: bool, options: dict) -> VisionTransformer:
     return VisionTransformer(
-        img_size=IMAGE_SIZE, patch_size=PATCH_SIZE, num_classes=0, embed_dim=embed_dim, depth=depth,
-        num_heads=num_heads, embed_layer=partial(ConvStem, norm=norm), **options)
+        img_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        num_classes=0,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        embed_layer=partial(ConvStem, norm=norm),
+        **options,
+    )
 
 
 def mini_vit_base(norm: bool = False, **options) -> VisionTransformer:

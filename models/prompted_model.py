@@ -1,4 +1,4 @@
-"""Backbone, prompt pool and linear head: the teacher and the student alike."""
+"""Backbone, prompt pool and linear head: the model that teacher and student both are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models.vit import KV, LayerPrompt, PromptedViT
 
 
 class StudentInputs(NamedTuple):
-    """The parts of a KD method in the student: keys and values appended in each block, extra tokens [T, D]."""
+    """Inputs from a KD method to the student: keys and values appended in each block, extra tokens [T, D]."""
 
     suffixes: Sequence[KV | None] | None = None
     extra_tokens: Tensor | None = None
@@ -62,7 +62,7 @@ class PromptedModel(nn.Module):
         Args:
             tokens: ``vit.embed(images)``, [B, N, D].
             query: selects the prompts, [B, Dq].
-            inputs: the KD method's prompts and tokens.
+            inputs: what a KD method injects.
             return_blocks: also return the outputs of all blocks.
         """
         prompts, prompt_loss = self.prompt(query)
@@ -78,7 +78,7 @@ class PromptedModel(nn.Module):
         return {key: value for key, value in self.state_dict().items() if not key.startswith("vit.")}
 
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Load the result of :meth:`trained_state`.
+        """Load what :meth:`trained_state` returned.
 
         Raises:
             RuntimeError: a name or shape does not fit.

@@ -1,4 +1,4 @@
-"""Names and sizes of the backbones. Importing this module loads neither torch nor timm."""
+"""Names and sizes of backbones. timm, and with it torch, is imported only to judge names that are not well known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from utils.registry import nearest
 
 
 class ViTSize(NamedTuple):
-    """Sizes of a vision transformer: width D, blocks L, heads, input and patch size in pixels, tokens N."""
+    """Sizes of a vision transformer: width D, blocks L, heads, image and patch size in pixels, tokens N."""
 
     embed_dim: int
     depth: int
@@ -19,50 +19,49 @@ class ViTSize(NamedTuple):
     num_tokens: int
 
 
-OWN_MODELS: dict[str, ViTSize] = {
+# The backbones whose weights come with the project.
+OWN_MODELS = {
     "mini_vit_base": ViTSize(192, 6, 3, 64, 16, 17),
     "mini_vit_small": ViTSize(96, 4, 3, 64, 16, 17),
 }
-"""The project's own backbones, whose weights come with it."""
+# The paper's backbones; without a tag their names mean these weights, whatever timm's present default is.
+PAPER_MODELS = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
+PAPER_TAG = "augreg_in21k_ft_in1k"
 
-PAPER_NAMES = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
-_FAMILIES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
-_NAME = re.compile(r"vit_(tiny|small|base|large)_patch([1-9]\d*)_(\d+)(?:\.\w+)?")
-# timm's modules whose models are VisionTransformers; the blocks of other transformers cannot read prompts.
-_MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin")
+_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")  # of timm, with VisionTransformers
 
 
 def known_size(name: str) -> ViTSize | None:
-    """The sizes of a backbone as its name tells them; None for other names, whose sizes show when they are built."""
+    """The sizes that a backbone's name tells, or None: then they are checked once it is built."""
     if name in OWN_MODELS:
         return OWN_MODELS[name]
-    match = _NAME.fullmatch(name)
+    match = re.fullmatch(r"vit_(tiny|small|base|large)_patch([1-9]\d*)_(\d+)(\.\w+)?", name)
     if match is None:
         return None
     patch, image = int(match[2]), int(match[3])
-    return ViTSize(*_FAMILIES[match[1]], image, patch, 1 + (image // patch) ** 2)
+    return ViTSize(*_SIZES[match[1]], image, patch, 1 + (image // patch) ** 2)
 
 
 def name_problem(name: str) -> str | None:
-    """The reason why a name is no backbone's, with the way out, or None.
-
-    Any name but the project's own and the paper's takes as long as loading timm, which knows the others.
-    """
-    if name in OWN_MODELS or name in PAPER_NAMES:
+    """Say in one sentence what is wrong with a backbone's name, or return None."""
+    if name in OWN_MODELS or name.removesuffix(f".{PAPER_TAG}") in PAPER_MODELS:
         return None
+    if ":" in name:
+        return f"{name!r} is an address; give timm's name of the architecture, and the weights as a file"
     import timm
 
-    def is_vit(architecture: str) -> bool:
-        return timm.model_entrypoint(architecture).__module__.endswith(_MODULES)
-
-    architecture, _, tag = name.partition(".")
-    if not (timm.is_model(architecture) and is_vit(architecture)):
-        guess = nearest(name, [*OWN_MODELS, *filter(is_vit, timm.list_models())])
+    architecture, dot, tag = name.partition(".")
+    # Former names (vit_base_patch16_224_in21k), which timm maps to present ones, have no configuration.
+    former = timm.is_model(architecture) and timm.get_pretrained_cfg(architecture) is None
+    usable = [model for module in _MODULES for model in timm.list_models(module=module)]
+    if architecture not in usable and not former:
+        guess = nearest(name, [*OWN_MODELS, *usable])
         hint = f"; did you mean {guess}?" if guess else ""
         return f"{name!r} is no vision transformer of timm and none of {', '.join(OWN_MODELS)}{hint}"
-    tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{architecture}.*")]
-    if tag and tag not in tags:
-        guess = nearest(tag, tags)
-        hint = f"; did you mean {architecture}.{guess}?" if guess else ""
-        return f"timm has no weights {tag!r} for {architecture}{hint} (it has: {', '.join(tags)})"
-    return None
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if not dot or tag in tags:
+        return None
+    guess = nearest(tag, tags)
+    hint = f"; did you mean {architecture}.{guess}?" if guess else ""
+    return f"timm has no weights {tag!r} for {architecture}{hint} (it has: {', '.join(tags) or 'none'})"

@@ -1,4 +1,4 @@
-"""A frozen timm Vision Transformer whose attention also reads prompts (prefix tuning, arXiv 2101.00190).
+"""A frozen timm Vision Transformer whose attention also reads prompts (prefix tuning).
 
 Shapes here and in the modules above: B batch, N = 1 + registers + patches, T extra tokens, D width,
 L blocks, P prompt length per key or value.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class UnsupportedBackboneError(ValueError):
-    """A network that is no plain ViT with a class token; the message says what is missing."""
+    """A network other than a plain ViT with a class token; the message says what is missing."""
 
 
 class KV(NamedTuple):
@@ -29,7 +29,7 @@ class KV(NamedTuple):
 
 
 class LayerPrompt(NamedTuple):
-    """Keys and values that one block's attention reads besides the tokens: ``keys = [prefix; K(tokens); suffix]``."""
+    """Prompts that one block's attention reads besides the tokens: ``keys = [prefix; K(tokens); suffix]``."""
 
     prefix: KV | None = None
     suffix: KV | None = None
@@ -58,14 +58,14 @@ def split_prompt(prompt: Tensor) -> KV:
 class PromptedViT(nn.Module):
     """Wrap a timm ``VisionTransformer`` so that prompts and extra tokens can be injected.
 
-    All its weights are frozen and it always runs in evaluation mode: gradients pass through it to the
-    prompts, none reach its weights, so no linear layer keeps its input for the backward pass.
+    The weights are frozen and the model always runs in evaluation mode. Gradients pass through it to the
+    prompts but never reach its weights, so no linear layer keeps its input for the backward pass.
 
     Args:
-        vit: timm model with a class token and plain pre-norm blocks.
+        vit: timm model with a class token, plain pre-norm blocks and square images.
 
     Raises:
-        UnsupportedBackboneError: the model has no class token or other blocks than timm's ``Block``.
+        UnsupportedBackboneError: see :func:`check_supported`.
     """
 
     def __init__(self, vit: VisionTransformer) -> None:
@@ -101,8 +101,8 @@ class PromptedViT(nn.Module):
     def reduce_precision(self, dtype: torch.dtype) -> PromptedViT:
         """Compute in ``dtype`` (bfloat16 or float16) where autocast does so, in place; outputs stay float32.
 
-        The weights of linear and convolution layers are cast once: autocast would do so at every forward pass,
-        since it keeps the casts of weights with gradients only.
+        The weights of linear and convolution layers are cast once. Autocast would cast them in every forward
+        pass, since it caches the casts of weights with gradients only.
         """
         for module in self.vit.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -117,7 +117,7 @@ class PromptedViT(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Turn images [B, 3, H, W] in [0, 1] into the tokens [B, N, D] that enter block 0."""
         with self._arithmetic(images.device):
-            # timm has no public name for adding class token, registers and positions.
+            # timm has no public function for the tokens before block 0.
             tokens = self.vit._pos_embed(self.vit.patch_embed(images))
             return self.vit.norm_pre(tokens)
 
@@ -132,49 +132,43 @@ class PromptedViT(nn.Module):
         """Run the blocks.
 
         Args:
-            tokens: result of :meth:`embed`, [B, N, D].
+            tokens: what :meth:`embed` returned, [B, N, D].
             prompts: one entry per block, or None for none.
             extra_tokens: [T, D], appended to every image's tokens without position embedding.
             return_blocks: also return every block's output. Without it, the last block computes queries,
-                projection and MLP of the class and extra tokens only, since nothing else is read.
+                projection and MLP for the class and extra tokens only, since nothing else is read.
         """
-        with self._arithmetic(tokens.device):
-            return self._run_blocks(tokens, prompts, extra_tokens, return_blocks)
-
-    def _arithmetic(self, device: torch.device) -> contextlib.AbstractContextManager:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=self.autocast_dtype)
-
-    def _run_blocks(
-        self,
-        tokens: Tensor,
-        prompts: Sequence[LayerPrompt] | None,
-        extra_tokens: Tensor | None,
-        return_blocks: bool,
-    ) -> ViTOutput:
         batch, num_tokens, _ = tokens.shape
-        if extra_tokens is not None:
-            extra = extra_tokens.to(tokens.dtype).expand(batch, -1, -1)
-            tokens = torch.cat([tokens, extra], dim=1)
         blocks: list[Tensor] = []
-        last = self.depth - 1
-        for index, block in enumerate(self.vit.blocks):
-            prompt = prompts[index] if prompts is not None else LayerPrompt()
-            read = num_tokens if index == last and not return_blocks else None
-            tokens = _run_block(block, tokens, prompt, num_tokens=read)
+        with self._arithmetic(tokens.device):
+            if extra_tokens is not None:
+                tokens = torch.cat([tokens, extra_tokens.to(tokens.dtype).expand(batch, -1, -1)], dim=1)
+            for index, block in enumerate(self.vit.blocks):
+                prompt = prompts[index] if prompts is not None else LayerPrompt()
+                trimmed = index == self.depth - 1 and not return_blocks
+                tokens = _run_block(block, tokens, prompt, num_tokens=num_tokens if trimmed else None)
+                if return_blocks:
+                    blocks.append(tokens)
             if return_blocks:
-                blocks.append(tokens)
-        if return_blocks:
-            tokens = _cls_and_extra(tokens, num_tokens)
-        normed = self.final_norm(tokens)  # [B, 1 + T, D]
+                tokens = _cls_and_extra(tokens, num_tokens)
+            normed = self.final_norm(tokens)  # [B, 1 + T, D]
         if self.autocast_dtype is not None:
             normed = normed.float()
         return ViTOutput(normed[:, 0], normed[:, 1:], tuple(blocks))
 
+    def _arithmetic(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """Autocast in the backbone's reduced precision, if it has one."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast_dtype)
+
 
 def check_supported(vit: nn.Module) -> None:
-    """Raise :class:`UnsupportedBackboneError` with the reason when prompts cannot be injected into ``vit``."""
+    """Refuse a network that prompts cannot be injected into.
+
+    Raises:
+        UnsupportedBackboneError: not timm's ``VisionTransformer``, no class token, special blocks or image shape.
+    """
     if not isinstance(vit, VisionTransformer):
         raise UnsupportedBackboneError(
             f"{type(vit).__name__} is not a timm VisionTransformer; choose a vit_* or deit* model"
@@ -188,21 +182,23 @@ def check_supported(vit: nn.Module) -> None:
                 f"it is built of {type(block).__name__} with {type(attn).__name__}, but only plain pre-norm blocks"
                 " with standard attention can read prompts; choose another ViT"
             )
+    height, width = vit.patch_embed.img_size
+    if height != width:
+        raise UnsupportedBackboneError(f"it takes images of {height} x {width} pixels; choose one with square ones")
 
 
 def _cls_and_extra(tokens: Tensor, num_tokens: int) -> Tensor:
-    """The rows that are read at the end: class token and extra tokens, [B, 1 + T, D]."""
+    """Class token and extra tokens [B, 1 + T, D] of [B, N + T, D], the only ones that are read at the end."""
     if tokens.shape[1] == num_tokens:
         return tokens[:, :1]
     return torch.cat([tokens[:, :1], tokens[:, num_tokens:]], dim=1)
 
 
 def _run_block(block: Block, tokens: Tensor, prompt: LayerPrompt, num_tokens: int | None) -> Tensor:
-    """One pre-norm block; with ``num_tokens`` = N only the class and extra rows come out, [B, 1 + T, D]."""
+    """Run one pre-norm block; given ``num_tokens`` = N, for the class and extra tokens only, [B, 1 + T, D]."""
     normed = block.norm1(tokens)
-    if num_tokens is None:
-        query_tokens = None
-    else:
+    query_tokens = None
+    if num_tokens is not None:
         query_tokens = _cls_and_extra(normed, num_tokens)
         tokens = _cls_and_extra(tokens, num_tokens)
     tokens = tokens + block.ls1(_attend(block.attn, normed, prompt, query_tokens))
@@ -213,7 +209,8 @@ def _attend(attn: Attention, tokens: Tensor, prompt: LayerPrompt, query_tokens: 
     """Attention of ``query_tokens`` [B, Q, D] (default: all tokens) over prompts and tokens [B, N, D]."""
     prompted = prompt.prefix is not None or prompt.suffix is not None
     if prompted and query_tokens is None:
-        query_tokens = tokens  # projected apart, since keys and values die when they are joined with the prompts
+        # Projected separately, so that keys and values can be freed once they are joined with the prompts.
+        query_tokens = tokens
     query, key, value = _project(attn, tokens, query_tokens)  # [B, *, heads, head_dim]
     query, key = attn.q_norm(query), attn.k_norm(key)
     parts = [prompt.prefix, KV(key, value), prompt.suffix]

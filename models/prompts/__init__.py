@@ -1,6 +1,6 @@
 """The prompt pools by name: the choices of ``--learner_name`` and the meaning of their ``--prompt_param``.
 
-A new pool is one line here and one file beside this one. Reading the table imports no torch.
+A new pool is one entry here and one file beside this one. Reading the table imports no torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.prompts.fields import EvenLength, Field, OneOf, PoolSize, Weight
+from models.prompts.fields import Count, Field, OneOf, Weight
 from utils.registry import Entry, Registry
 
 
@@ -30,11 +30,10 @@ class PromptEntry(Entry):
 
         Args:
             values: the numbers as given.
-            num_tasks: number of tasks T of the run; None while it is unknown, which skips what needs it.
+            num_tasks: see :meth:`Field.parse`.
 
         Returns:
-            The keywords, and one sentence for each value that is not allowed. With problems the keywords are
-            incomplete.
+            The keywords of the allowed values, and one sentence for each other value.
         """
         if len(values) != len(self.fields):
             given = " ".join(f"{value:g}" for value in values)
@@ -55,38 +54,34 @@ class PromptEntry(Entry):
         return " ".join(f"{value:g}" for value in self.paper)
 
 
+_POOL = Count("pool", "pool size", per_task=True)
+# Lengths are even: one half becomes keys, one half values.
+_LENGTH = Count("length", "prompt length", 2, even=True)
+_E_LENGTH = Count("e_length", "expert prompt length", 2, even=True)
+_G_LENGTH = Count("g_length", "general prompt length", 2, even=True)
+_ORTHO = Weight("ortho_weight", "orthogonality weight")
+_DEPTH = OneOf("deep", "depth", {-1: False, 0: False, 1: True}, "-1 (shallow) or 1 (deep)")
+
 PROMPTS: Registry[PromptEntry] = Registry(
     "learner",
     {
         "CODAPrompt": PromptEntry(
             "models.prompts.coda:CODAPrompt",
             "all components, weighted by similarity; new ones for each task",
-            fields=(
-                PoolSize("pool", "pool size", per_task=True),
-                EvenLength("length", "prompt length"),
-                Weight("ortho_weight", "orthogonality weight"),
-            ),
-            paper=(100, 8, 0.0),
+            (_POOL, _LENGTH, _ORTHO),
+            (100, 8, 0.0),
         ),
         "DualPrompt": PromptEntry(
             "models.prompts.dualprompt:DualPrompt",
             "general prompts for all images, one expert prompt per task",
-            fields=(
-                PoolSize("pool", "pool size", per_task=True),
-                EvenLength("e_length", "expert prompt length"),
-                EvenLength("g_length", "general prompt length"),
-            ),
-            paper=(10, 20, 6),
+            (_POOL, _E_LENGTH, _G_LENGTH),
+            (10, 20, 6),
         ),
         "L2P": PromptEntry(
             "models.prompts.l2p:L2P",
             "the five prompts of a shared pool whose keys match the query best",
-            fields=(
-                PoolSize("pool", "pool size", minimum=5),
-                EvenLength("length", "prompt length"),
-                OneOf("deep", "depth", {-1: False, 0: False, 1: True}, "-1 (shallow) or 1 (deep)"),
-            ),
-            paper=(30, 20, -1),
+            (Count("pool", "pool size", 5), _LENGTH, _DEPTH),
+            (30, 20, -1),
         ),
     },
 )

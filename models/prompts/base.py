@@ -31,8 +31,8 @@ class PromptOutput(NamedTuple):
 class PromptPool(nn.Module):
     """Base of all prompt pools.
 
-    A pool selects by a query [B, Dq] and knows neither the backbone nor the KD method. It behaves by
-    ``self.training``: in training it may use the current task, in evaluation it may not.
+    A pool selects by a query [B, Dq] and knows neither the backbone nor the KD method. It may use the number of
+    the current task in training (``self.training``), but not in evaluation.
 
     Parameters are read as attributes, never through ``get_parameter`` or ``parameters()``: in a replica of
     ``DataParallel`` they are plain tensors.
@@ -47,15 +47,15 @@ class PromptPool(nn.Module):
         self.task = 0
 
     def begin_task(self, task: int, generator: torch.Generator) -> None:
-        """Get ready to learn ``task`` (from 0); parameters change in place, they are never replaced."""
+        """Prepare to learn ``task`` (from 0); parameters change in place and are never replaced."""
         self.task = task
 
     def forward(self, query: Tensor) -> PromptOutput:
-        """Prompts for a batch; ``query`` is [B, Dq] without gradient."""
+        """Select the prompts for a batch; ``query`` is [B, Dq] without gradient."""
         raise NotImplementedError
 
     def usage(self, query: Tensor) -> dict[str, Tensor]:
-        """How much of each entry a batch selects: layer name -> [M], summed over the batch."""
+        """Sum over a batch how much of each entry it selects: layer name -> [M]."""
         raise NotImplementedError
 
     def blocks(self, candidates: Sequence[int]) -> list[int]:

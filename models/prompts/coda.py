@@ -18,7 +18,7 @@ class CODAPrompt(PromptPool):
     ``e_a_l`` [M, Dq].
 
     Args:
-        pool: M, number of components.
+        pool: M, number of components; at least one for each task.
         length: prompt length, split evenly in keys and values.
         ortho_weight: weight of the orthogonality penalty; 0 switches it off.
         dims: sizes.
@@ -36,13 +36,12 @@ class CODAPrompt(PromptPool):
         self.begin_task(0, torch.default_generator)
 
     def begin_task(self, task: int, generator: torch.Generator) -> None:
-        """Grow the pool: draw the task's components, orthogonal to all earlier ones."""
+        """Grow the pool: draw new components for the task, orthogonal to all earlier ones."""
         super().begin_task(task, generator)
         start, stop = self._components()
         for layer in self.layers:
             for parameter in self._tensors(layer):
-                width = parameter[0].numel()
-                draws = torch.randn(stop - start, width, generator=generator)
+                draws = torch.randn(stop - start, parameter[0].numel(), generator=generator)
                 grown = gram_schmidt_growth(parameter.detach().cpu(), draws, start)
                 with torch.no_grad():
                     parameter.copy_(grown)
@@ -61,7 +60,7 @@ class CODAPrompt(PromptPool):
         return PromptOutput(prompts, loss)
 
     def usage(self, query: Tensor) -> dict[str, Tensor]:
-        """Sum over the batch of each component's weight, per block."""
+        """Sum each component's weight over the batch, per block."""
         pool = len(getattr(self, f"e_k_{self.layers[0]}"))
         result = {}
         for layer in self.layers:
@@ -83,8 +82,7 @@ class CODAPrompt(PromptPool):
         """Components, keys and attention up to the current task; past ones without gradient in training."""
         start, stop = self._components()
         keys, attention, p = (
-            torch.cat([x[:start].detach(), x[start:stop]]) if self.training else x[:stop]
-            for x in self._tensors(layer)
+            torch.cat([x[:start].detach(), x[start:stop]]) if self.training else x[:stop] for x in self._tensors(layer)
         )
         return p, keys, attention
 
@@ -113,11 +111,11 @@ def orthogonality(x: Tensor) -> Tensor:
 
 
 def gram_schmidt_growth(before: Tensor, draws: Tensor, start: int) -> Tensor:
-    """Draw new components, orthogonal to all earlier ones by classical Gram-Schmidt.
+    """Make new components orthogonal to all earlier ones by classical Gram-Schmidt.
 
-    Rows before ``start`` stay; row start + i becomes ``draws[i]`` less its projections, each computed from
-    the draw itself, on all earlier rows as they are: learned rows are neither orthogonal nor unit length,
-    and the new ones are normalised only after all are made. Rows past the new ones become 0.
+    Rows before ``start`` stay the same. Row start + i becomes ``draws[i]`` minus its projections on all earlier
+    rows, each computed from the draw itself. Learned rows are neither orthogonal nor of unit length, and the new
+    rows are normalised only after all of them are made. Rows past the new ones become 0.
 
     Args:
         before: [M, ...], flattened to [M, width].
@@ -125,7 +123,7 @@ def gram_schmidt_growth(before: Tensor, draws: Tensor, start: int) -> Tensor:
         start: index of the first new row.
 
     Raises:
-        ValueError: an earlier row is (nearly) zero, so that nothing can be projected on it.
+        ValueError: an earlier row is (nearly) zero, so nothing can be projected on it.
     """
     stop = start + len(draws)
     rows = torch.zeros(len(before), draws.shape[1], dtype=torch.float64)

@@ -48,7 +48,7 @@ class DualPrompt(PromptPool):
         return PromptOutput(prompts, loss)
 
     def usage(self, query: Tensor) -> dict[str, Tensor]:
-        """How many images choose each E prompt, per block."""
+        """Count the images that choose each E prompt, per block."""
         result = {}
         for layer in self.e_layers:
             similarity = self._similarity(query, layer)

@@ -1,7 +1,6 @@
-"""Rules for the values of ``--prompt_param``, which the PROMPTS table puts together.
+"""Rules for the values of ``--prompt_param``, which the PROMPTS table puts together; needs no torch.
 
 Each rule turns one number into one keyword of a pool's constructor, or says what is wrong with it.
-Reading them imports no torch.
 """
 
 from __future__ import annotations
@@ -18,73 +17,53 @@ class Field:
 
     Attributes:
         name: the keyword of the pool's constructor that receives the value.
-        label: what messages and ``--help`` call it.
+        label: its name in messages and ``--help``.
     """
 
     name: str
     label: str
 
     def rule(self) -> str:
-        """The allowed values, as they stand in ``--help``."""
+        """The allowed values in words, for ``--help``."""
         raise NotImplementedError
 
     def parse(self, value: float, num_tasks: int | None) -> Any:
-        """The constructor's value.
+        """Return the constructor's value for the number ``value``.
 
-        Args:
-            value: the number from the command line.
-            num_tasks: number of tasks T of the run; None while it is unknown, which skips what needs it.
+        ``num_tasks`` is the number of tasks T of the run; None while it is unknown, which skips what needs it.
 
         Raises:
-            ValueError: the value is not allowed; the message says what is.
+            ValueError: the value is not allowed; the message says which values are.
         """
         raise NotImplementedError
 
-    def whole(self, value: float) -> int:
-        """``value`` as an int (raises ValueError when it is not a whole number)."""
-        if not math.isfinite(value) or value != int(value):
-            raise ValueError(f"{self.label} must be a whole number, not {value:g}")
-        return int(value)
-
 
 @dataclass(frozen=True)
-class PoolSize(Field):
-    """A number of pool entries: at least ``minimum`` and, with ``per_task``, one for each task."""
+class Count(Field):
+    """A whole number of at least ``minimum``; with ``per_task``, of at least the number of tasks as well."""
 
     minimum: int = 1
+    even: bool = False
     per_task: bool = False
 
     def rule(self) -> str:
-        return "at least the number of tasks" if self.per_task else f"at least {self.minimum}"
+        if self.per_task:
+            return "at least the number of tasks"
+        return f"{'even, ' if self.even else ''}at least {self.minimum}"
 
     def parse(self, value: float, num_tasks: int | None) -> int:
-        size = self.whole(value)
-        if size < self.minimum:
-            raise ValueError(f"{self.label} must be at least {self.minimum}, not {size}")
-        if self.per_task and num_tasks is not None and size < num_tasks:
+        if not math.isfinite(value) or value != int(value):
+            raise ValueError(f"{self.label} must be a whole number, not {value:g}")
+        count = int(value)
+        if count < self.minimum or (self.even and count % 2):
+            nearest = max(self.minimum, count + count % 2)
+            raise ValueError(f"{self.label} must be {self.rule()}, not {count}; use for example {nearest}")
+        if self.per_task and num_tasks is not None and count < num_tasks:
             raise ValueError(
-                f"{self.label} must be at least the number of tasks, {num_tasks}, not {size}"
+                f"{self.label} must be at least the number of tasks, {num_tasks}, not {count}"
                 " (enlarge it, or make other_split_size larger)"
             )
-        return size
-
-
-@dataclass(frozen=True)
-class EvenLength(Field):
-    """A prompt length: its first half becomes keys, its second half values, so it must be even."""
-
-    def rule(self) -> str:
-        return "even, at least 2"
-
-    def parse(self, value: float, num_tasks: int | None) -> int:
-        length = self.whole(value)
-        if length < 2 or length % 2:
-            nearest = max(2, length + 1 if length % 2 else length)
-            raise ValueError(
-                f"{self.label} must be even and at least 2 (one half keys, one half values), not {length};"
-                f" use for example {nearest}"
-            )
-        return length
+        return count
 
 
 @dataclass(frozen=True)

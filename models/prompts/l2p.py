@@ -42,13 +42,12 @@ class L2P(PromptPool):
         return PromptOutput(prompts, loss)
 
     def usage(self, query: Tensor) -> dict[str, Tensor]:
-        """How many images choose each prompt, per block (five choices an image)."""
-        return {
-            f"block {layer}": torch.bincount(
-                self._best(query, layer).indices.flatten(), minlength=len(getattr(self, f"e_k_{layer}"))
-            ).float()
-            for layer in self.layers
-        }
+        """Count the images that choose each prompt, per block; an image chooses five."""
+        result = {}
+        for layer in self.layers:
+            chosen = self._best(query, layer).indices.flatten()
+            result[f"block {layer}"] = torch.bincount(chosen, minlength=len(getattr(self, f"e_k_{layer}"))).float()
+        return result
 
     def _best(self, query: Tensor, layer: int) -> torch.return_types.topk:
         """Similarities and indices of the five nearest keys, [B, 5] each."""

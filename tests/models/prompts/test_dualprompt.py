@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from models.prompts.base import PromptDims
@@ -18,11 +17,6 @@ def build(pool: int = 3) -> DualPrompt:
         for layer in (2, 3, 4):
             getattr(built, f"e_k_{layer}")[:3] = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
     return built
-
-
-def test_all_starts_in_the_unit_interval():
-    for parameter in DualPrompt(pool=3, e_length=6, g_length=4, dims=DIMS).parameters():
-        assert 0 <= parameter.min() < parameter.max() < 1
 
 
 def test_general_prompts_are_the_same_for_every_image():
@@ -44,11 +38,6 @@ def test_loss_by_hand():
     pool.task = 1
     loss = pool(torch.tensor([[1.0, 0.0], [3.0, 4.0]])).loss
     torch.testing.assert_close(loss, torch.tensor(3 * 0.6))
-
-
-def test_loss_vanishes_when_the_key_is_the_query():
-    pool = build().train()
-    assert pool(torch.tensor([[5.0, 0.0]])).loss.abs() < 1e-6
 
 
 def test_evaluation_uses_the_best_key_whatever_the_task():
