@@ -6,61 +6,60 @@ The table below is all that a new data set needs besides its own file. Reading i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
 
+from utils.config import DataConfig
 from utils.registry import Entry, Registry
 
 
 @dataclass(frozen=True)
 class DataEntry(Entry):
-    """A data set of the table.
-
-    Attributes:
-        num_classes: how many classes it has; None when the files decide (see
-            :func:`dataloaders.preflight.count_classes`).
-        needs_dataroot: whether its files are looked for in ``dataroot``; False for what the project ships.
-    """
+    """A data set, a :class:`dataloaders.base.DataSource`; ``num_classes`` is None where the files decide it."""
 
     num_classes: int | None = None
-    needs_dataroot: bool = True
+
+    def count_classes(self, dataroot: Path) -> int | None:
+        """The number of classes; None where the files decide it and are missing."""
+        return self.load().count_classes(dataroot) if self.num_classes is None else self.num_classes
+
+    def missing(self, config: DataConfig) -> list[str]:
+        """Problems that are known before any download, one sentence each; writes nothing and imports no torch."""
+        problems = []
+        if config.data_url is not None and urlsplit(config.data_url).scheme not in ("http", "https", "file"):
+            problems.append(f"--data_url {config.data_url}: not an http(s):// or file:// address")
+        return problems + self.load().missing(config)
 
 
 DATASETS: Registry[DataEntry] = Registry(
     "data set",
     {
         "CIFAR100": DataEntry(
-            "dataloaders.cifar:CIFAR100",
-            about="60,000 32x32 photographs; downloads itself",
-            num_classes=100,
+            "dataloaders.cifar:CIFAR100", "60,000 32x32 photographs; downloads itself", num_classes=100
         ),
-        "CIFAR10": DataEntry(
-            "dataloaders.cifar:CIFAR10",
-            about="60,000 32x32 photographs; downloads itself",
-            num_classes=10,
-        ),
+        "CIFAR10": DataEntry("dataloaders.cifar:CIFAR10", "60,000 32x32 photographs; downloads itself", num_classes=10),
         "ImageNet_R": DataEntry(
             "dataloaders.imagenet_r:ImageNetR",
-            about="30,000 renditions of 200 ImageNet classes; folder imagenet-r in dataroot",
+            "30,000 renditions of 200 ImageNet classes; folder imagenet-r in dataroot",
             num_classes=200,
         ),
         "ImageNet_A": DataEntry(
             "dataloaders.imagenet_a:ImageNetA",
-            about="7,500 hard photographs of 200 ImageNet classes; folder imagenet-a in dataroot",
+            "7,500 hard photographs of 200 ImageNet classes; folder imagenet-a in dataroot",
             num_classes=200,
         ),
         "DomainNet": DataEntry(
             "dataloaders.domainnet:DomainNet",
-            about="600,000 images of 345 classes in six domains; folder domainnet in dataroot",
+            "600,000 images of 345 classes in six domains; folder domainnet in dataroot",
             num_classes=345,
         ),
         "ImageFolder": DataEntry(
-            "dataloaders.image_folder:ImageFolder",
-            about="any folder dataroot/<class>/* or dataroot/{train,val}/<class>/*",
+            "dataloaders.image_folder:ImageFolder", "any folder dataroot/<class>/* or dataroot/{train,val}/<class>/*"
         ),
         "Emoji_R": DataEntry(
             "dataloaders.emoji_r:EmojiR",
-            about="1,819 renditions of 200 emoji by different artists; shipped with the project",
+            "1,819 renditions of 200 emoji by different artists; shipped with the project",
             num_classes=200,
-            needs_dataroot=False,
         ),
     },
 )

@@ -1,6 +1,6 @@
-"""What a data set is: a source of raw images and labels, which knows files and no tasks.
+"""The interface of a data set: raw images and labels from files, without any notion of tasks.
 
-Nothing here imports torch, so that a configuration can be checked quickly.
+Importing this module imports no torch, so that a configuration is checked quickly.
 """
 
 from __future__ import annotations
@@ -8,86 +8,128 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from utils.config import DataConfig
+
 TestCrop = Literal["stretch", "center_crop"]
 SplitKind = Literal["authors", "official", "seeded", "folder"]
-
-# Keys of Image.info under which a file may carry an orientation; without one there is nothing to turn.
-_ORIENTATION_KEYS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1"}
 
 
 class DataError(ValueError):
     """Data that cannot be used; one sentence that names the file or value and the way out."""
-
-    @property
-    def problems(self) -> list[str]:
-        """The same sentence as a list of one, the form in which a configuration's errors are reported."""
-        return [str(self)]
 
 
 class BadImageError(DataError):
     """An image file that is missing, empty or damaged."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        # A name that is no UTF-8 must not keep the sentence from being printed.
-        shown = f"{path}: {reason}".encode(errors="replace").decode()
-        super().__init__(f"cannot read the image {shown}")
-        self.path = str(path)
-        self.reason = reason
+        super().__init__(str(path), reason)
 
-    def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str]]:
-        return (BadImageError, (self.path, self.reason))
+    def __str__(self) -> str:
+        # A file name that is not valid UTF-8 must not keep the sentence from being printed.
+        return "cannot read the image {}: {}".format(*self.args).encode(errors="replace").decode()
 
 
 class ImageStore(ABC):
-    """Images by index. Pickles, and holds arrays rather than one Python object per image."""
+    """Images by index. Workers get a copy, so it holds arrays rather than one Python object per image."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
-        """Image ``index`` as a Pillow image of mode RGB.
-
-        Raises:
-            BadImageError: it is missing, empty or damaged; the message names it.
-        """
-
-    def open_lazily(self, index: int) -> Image.Image:
-        """The same, but an image that is easily read in part may come undecoded: see :func:`load_rows`."""
-        return self.open(index)
+        """Image ``index`` as a Pillow image of mode RGB; raises :class:`BadImageError`."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Where image ``index`` is, relative to ``dataroot``."""
+        """Path of image ``index`` relative to ``dataroot``, or what messages call it."""
 
     def missing(self) -> list[str]:
-        """Names of the images that are not there."""
+        """Names of the images that do not exist."""
         return []
 
 
-class ImageSource(ABC):
-    """The raw files of one data set.
+class FileStore(ImageStore):
+    """Image files below ``root``, opened when asked for; ``paths`` are relative to it, with forward slashes."""
 
-    Making one finds the files, downloading and checking them where the data set can do that.
+    def __init__(self, root: Path, paths: Iterable[str]) -> None:
+        self._root = str(root)
+        self._paths = np.array([os.fsencode(path) for path in paths], dtype=bytes)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def open(self, index: int) -> Image.Image:
+        return read_image(os.path.join(self._root, self.name(index)))
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self._paths[index])
+
+    def missing(self) -> list[str]:
+        paths = [os.path.split(os.fsdecode(path)) for path in self._paths]
+        existing = set()  # listing each folder once is much faster than looking for each file
+        for folder in {folder for folder, _ in paths}:
+            if os.path.isdir(place := os.path.join(self._root, folder)):
+                existing.update((folder, name) for name in os.listdir(place))
+        return [os.path.join(*path) for path in paths if path not in existing]
+
+
+class ArrayStore(ImageStore):
+    """Decoded images in memory, uint8 [n, H, W, 3]; messages call them ``name`` and add the index."""
+
+    def __init__(self, images: np.ndarray, name: str) -> None:
+        import torch  # here, so that importing this module stays cheap
+
+        # Between processes a tensor is sent as a handle of shared memory, a numpy array would be copied.
+        self._images = torch.from_numpy(np.ascontiguousarray(images))
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def open(self, index: int) -> Image.Image:
+        return Image.fromarray(self._images[index].numpy())
+
+    def name(self, index: int) -> str:
+        return f"{self._name}[{index}]"
+
+
+@dataclass(frozen=True)
+class ImageSubset:
+    """The images of a source's training or test part that a stream uses, with the labels of the stream."""
+
+    store: ImageStore
+    labels: np.ndarray  # int64 [len(store)]
+    used: np.ndarray  # int64 [n], indices into store, ascending
+
+    def of_classes(self, classes: tuple[int, int]) -> np.ndarray:
+        """Indices into ``store`` of the used images of the classes [start, stop), ascending."""
+        labels = self.labels[self.used]
+        return self.used[(labels >= classes[0]) & (labels < classes[1])]
+
+
+class DataSource(ABC):
+    """The raw files of one data set; the constructor finds them, or downloads them where that is possible.
 
     Args:
-        root: ``dataroot``; everything that is written lies in it.
-        data_url: a mirror to download from instead of the official address.
-        seed: for the split of data sets that have none.
-        log_dir: where such a split is written, and read again on resume; None writes none.
+        config: ``dataroot`` and ``data_url`` are used here.
+        seed: for the split of a data set that has none.
+        resumed_dir: log_dir of the run that is being resumed; None for a new run.
         progress: whether downloads show a progress bar.
 
     Attributes:
         class_names: names in label order.
-        split: where the division into training and test images comes from.
+        split: origin of the division into training and test images.
         test_crop: how test images reach the input size: ``stretch`` resizes both sides, ``center_crop``
             resizes the shorter side to 256/224 of the input size and cuts out the centre.
+        drawn_split: files (name -> content) that list a split drawn in place of the authors'; the run keeps
+            them in its log_dir.
 
     Raises:
         DataError: the files are missing or not what they should be.
@@ -97,47 +139,65 @@ class ImageSource(ABC):
     class_names: Sequence[str]
     split: SplitKind
 
-    @abstractmethod
     def __init__(
-        self,
-        root: Path,
-        *,
-        data_url: str | None = None,
-        seed: int = 0,
-        log_dir: Path | None = None,
-        progress: bool = True,
-    ) -> None: ...
+        self, config: DataConfig, *, seed: int, resumed_dir: Path | None = None, progress: bool = True
+    ) -> None:
+        if problems := self.missing(config):
+            raise DataError(problems[0])
+        self.root, self.data_url = config.dataroot, config.data_url
+        self.seed, self.resumed_dir, self.progress = seed, resumed_dir, progress
+        self.drawn_split: dict[str, bytes] = {}
+        self.find()
+
+    @abstractmethod
+    def find(self) -> None:
+        """Find or download the files and set ``class_names`` and ``split``."""
 
     @abstractmethod
     def load(self, train: bool) -> tuple[ImageStore, np.ndarray]:
         """The training or the test images, and their labels, int64 [n]."""
 
     @classmethod
-    def preflight(cls, root: Path, data_url: str | None = None) -> list[str]:
-        """What is known to be missing before any download, one sentence each; writes nothing."""
+    def missing(cls, config: DataConfig) -> list[str]:
+        """Problems that are known before any download, one sentence each; writes nothing."""
         return []
 
     @classmethod
-    def count_classes(cls, root: Path) -> int | None:
-        """The number of classes where the files decide it; None when they are missing."""
+    def count_classes(cls, dataroot: Path) -> int | None:
+        """The number of classes where the files decide it; None if they are missing."""
         return None
 
 
+def read_image(file: str | Path | Any, name: str | Path | None = None) -> Image.Image:
+    """An image file (path or binary file object) as upright RGB; errors call it ``name``, by default its path.
+
+    Raises:
+        BadImageError: it is missing, empty or damaged.
+    """
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return as_rgb(image)
+    # On damaged files Pillow's readers raise nearly anything: OSError, SyntaxError, struct.error, ValueError,
+    # KeyError, zlib.error, DecompressionBombError ...
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "it is empty or not an image that Pillow knows"
+        raise BadImageError(file if name is None else name, reason) from error
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image of any mode and orientation as upright RGB; one that is so already comes back itself."""
-    mode = image.mode
-    if mode != "RGB":
-        if mode.startswith("I"):
-            image = _from_integers(image)
-        elif mode == "F":
-            image = Image.fromarray(np.clip(np.nan_to_num(np.asarray(image)), 0, 255).astype(np.uint8))
-        elif mode == "P" and isinstance(image.info.get("transparency"), bytes):
-            image = image.convert("RGBA")
-        elif mode in ("La", "RGBa"):
-            image = image.convert({"La": "LA", "RGBa": "RGBA"}[mode])
+    """A loaded image of any mode and orientation as upright RGB; one that already is comes back itself."""
+    if image.mode.startswith("I"):
+        image = _from_integers(image)
+    elif image.mode == "F":
+        image = Image.fromarray(np.clip(np.nan_to_num(np.asarray(image)), 0, 255).astype(np.uint8))
+    elif image.mode == "La" or image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")  # there is no (silent) way to RGB from these
+    if image.mode != "RGB":
         image = image.convert("RGB")
-    if _ORIENTATION_KEYS & image.info.keys():
-        image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
@@ -149,196 +209,10 @@ def _from_integers(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
 
 
-def read_image(file: str | Path | Any, name: str | Path | None = None) -> Image.Image:
-    """An image file (path or binary file object) as upright RGB.
-
-    Args:
-        name: what an error calls it; its path when left out.
-
-    Raises:
-        BadImageError: it is missing, empty or damaged.
-    """
-    name = file if name is None else name
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return as_rgb(image)
-    # Pillow's readers raise nearly anything on damaged files: OSError, SyntaxError, struct.error, ValueError,
-    # KeyError, zlib.error, DecompressionBombError ...
-    except Exception as error:
-        raise BadImageError(name, _reason(file, error)) from error
-
-
-def open_image(path: str) -> Image.Image:
-    """An image file as upright RGB; an upright RGB JPEG file comes undecoded, for :func:`load_rows`.
-
-    Raises:
-        BadImageError: it is missing, empty or damaged.
-    """
-    try:
-        image = Image.open(path)
-        if _decodes_from_above(image):
-            return image
-        with image:
-            image.load()
-            return as_rgb(image)
-    except Exception as error:  # see read_image
-        raise BadImageError(path, _reason(path, error)) from error
-
-
-def load_rows(image: Image.Image, rows: int) -> Image.Image:
-    """Decode at least the upper ``rows`` of an image of :func:`open_image`; the others may be black.
-
-    A JPEG file is decoded from above, so that what lies below a crop need not be.
-
-    Raises:
-        BadImageError: it is damaged.
-    """
-    tile = getattr(image, "tile", None)
-    if not tile:
-        return image
-    if rows < image.height:
-        image.tile = [tile[0]._replace(extents=(0, 0, image.width, rows))]
-    try:
-        image.load()
-    except Exception as error:  # see read_image
-        if rows == image.height:
-            raise BadImageError(image.filename, _reason(image.filename, error)) from error
-        # Pillow takes the early end for an error. A row that is not black has been decoded, and so have those
-        # above it; a black one may never have been.
-        if image.crop((0, rows - 1, image.width, rows)).getbbox() is None:
-            return read_image(image.filename)
-    return image
-
-
-def _decodes_from_above(image: Image.Image) -> bool:
-    """Whether this is an upright RGB JPEG file that is not cut short, which only reading all of it would show."""
-    if image.format != "JPEG" or image.mode != "RGB" or len(image.tile) != 1:
-        return False
-    return not _ORIENTATION_KEYS & image.info.keys() and _ends_with(image.fp, b"\xff\xd9")
-
-
-def _ends_with(file: Any, end: bytes) -> bool:
-    position = file.tell()
-    file.seek(-len(end), os.SEEK_END)
-    found = file.read(len(end))
-    file.seek(position)
-    return found == end
-
-
-def _reason(file: str | Path | Any, error: Exception) -> str:
-    """Why an image cannot be read, without the path, which the caller adds."""
-    if isinstance(file, (str, os.PathLike)):
-        if not os.path.exists(file):
-            return "no such file"
-        if not os.path.isfile(file):
-            return "not a file"
-        if os.path.getsize(file) == 0:
-            return "the file is empty"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image that Pillow knows"
-    return str(error) or type(error).__name__
-
-
-class PathArray(Sequence[str]):
-    """Paths in two arrays: 30,000 of them take about 1.5 MB and are not copied into forked workers."""
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:  # type: ignore[override]
-        start = self._ends[index - 1] if index > 0 else 0
-        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
-
-
-class FileStore(ImageStore):
-    """Image files below a folder, opened when asked for.
-
-    Args:
-        root: the folder, ``dataroot``.
-        paths: relative to ``root``.
-    """
-
-    def __init__(self, root: Path, paths: Iterable[str]) -> None:
-        self._root = str(root)
-        self._paths = PathArray(paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def open(self, index: int) -> Image.Image:
-        return read_image(os.path.join(self._root, self._paths[index]))
-
-    def open_lazily(self, index: int) -> Image.Image:
-        return open_image(os.path.join(self._root, self._paths[index]))
-
-    def name(self, index: int) -> str:
-        return self._paths[index]
-
-    def missing(self) -> list[str]:
-        names: dict[str, set[str]] = {}  # a folder is listed once, which is cheaper than a look at each file
-        missing = []
-        for path in self._paths:
-            folder, _, name = path.rpartition("/")
-            if folder not in names:
-                try:
-                    names[folder] = set(os.listdir(os.path.join(self._root, folder)))
-                except OSError:
-                    names[folder] = set()
-            if name not in names[folder]:
-                missing.append(path)
-        return missing
-
-
-class ArrayStore(ImageStore):
-    """Decoded images in memory.
-
-    Args:
-        images: uint8 [n, H, W, 3].
-        name: what the images are called in messages; the index is added.
-    """
-
-    def __init__(self, images: np.ndarray, name: str) -> None:
-        self._images = images
-        self._name = name
-        self._shared: Any = None
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def open(self, index: int) -> Image.Image:
-        return Image.fromarray(self._images[index])
-
-    def name(self, index: int) -> str:
-        return f"{self._name}[{index}]"
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker that is spawned gets a handle of shared memory instead of a copy: torch's tensors pickle so
-        # between processes, numpy's arrays do not. The tensor must outlive the pickling.
-        import torch
-
-        if self._shared is None:
-            self._shared = torch.from_numpy(self._images).share_memory_()
-            self._images = self._shared.numpy()
-        return {"name": self._name, "images": self._shared}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["images"].numpy(), state["name"])
-
-
 def seeded_split(labels: np.ndarray, fraction: float, rng: np.random.RandomState) -> np.ndarray:
-    """A random choice of round(fraction * n) images that takes the same share of every class.
+    """Choose round(fraction * n) images of labels int [n] at random, the same share of every class.
 
-    Shares that are not whole are rounded so that the total is exact; a class keeps at least one image out of
-    the choice.
-
-    Args:
-        labels: int [n].
+    Shares that are not whole are rounded so that the total is exact; at least one image of a class is not chosen.
 
     Returns:
         bool [n], True for the images chosen.
@@ -360,6 +234,6 @@ def seeded_split(labels: np.ndarray, fraction: float, rng: np.random.RandomState
 
 def random_state(seed: int, *purpose: int | str) -> np.random.RandomState:
     """Numpy's frozen generator for one purpose of a run; its stream is the same in every numpy version."""
-    from utils.seed import derive_seed  # imports torch, which reading the table must not
+    from utils.seed import derive_seed  # imports torch
 
     return np.random.RandomState(derive_seed(seed, *purpose) % 2**32)

@@ -2,67 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from dataloaders import DATASETS
 from dataloaders.tasks import TaskStream
-from dataloaders.transforms import EvalTransform, TrainTransform
+from utils.config import DataConfig
 
 
 def build_stream(
-    *,
-    dataset: str,
-    dataroot: str | Path,
-    image_size: int,
-    first_split_size: int,
-    other_split_size: int,
-    class_order: Literal["natural", "shuffled"] = "natural",
-    seed: int = 0,
-    validation: bool = False,
-    upper_bound: bool = False,
-    memory: int = 0,
-    train_aug: bool = True,
-    crop_scale: Sequence[float] = (0.08, 1.0),
-    data_url: str | None = None,
-    log_dir: str | Path | None = None,
-    progress: bool = True,
+    config: DataConfig, *, seed: int, image_size: int, resumed_dir: Path | None = None, progress: bool = True
 ) -> TaskStream:
-    """Find (or download) a data set and cut it into tasks.
+    """Find or download the data set and split it into tasks of images of ``image_size`` pixels.
 
-    Args:
-        dataset: a name of :data:`dataloaders.DATASETS`.
-        image_size: edge of the model's input in pixels.
-        train_aug: augment training images; otherwise they get the test transform.
-        crop_scale: range of the random crop's share of the image's area.
-        log_dir: where a split that had to be drawn is written, and found again on resume.
-
-    The others are as for :class:`dataloaders.tasks.TaskStream` and :class:`dataloaders.base.ImageSource`.
+    The other arguments are those of :class:`dataloaders.base.DataSource`.
 
     Raises:
-        DataError: files are missing, or not what they should be.
+        DataError: files are missing or not what they should be.
     """
-    source = DATASETS.load(dataset)(
-        Path(dataroot),
-        data_url=data_url,
-        seed=seed,
-        log_dir=None if log_dir is None else Path(log_dir),
-        progress=progress,
-    )
-    test_transform = EvalTransform(image_size, source.test_crop)
-    return TaskStream(
-        source.load(train=True),
-        None if validation else source.load(train=False),
-        class_names=source.class_names,
-        split=source.split,
-        first_split_size=first_split_size,
-        other_split_size=other_split_size,
-        train_transform=TrainTransform(image_size, crop_scale) if train_aug else test_transform,
-        test_transform=test_transform,
-        class_order=class_order,
-        seed=seed,
-        validation=validation,
-        upper_bound=upper_bound,
-        memory=memory,
-    )
+    source_class = DATASETS.load(config.dataset)
+    source = source_class(config, seed=seed, resumed_dir=resumed_dir, progress=progress)
+    return TaskStream(source, config, seed=seed, image_size=image_size)

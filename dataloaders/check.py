@@ -3,73 +3,47 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from dataloaders.base import BadImageError, ImageStore
-from dataloaders.tasks import Images, TaskStream
+from dataloaders.base import BadImageError, ImageSubset
+from dataloaders.tasks import TaskStream
 
 
-def check_stream(
-    stream: TaskStream, dataset: str, *, threads: int | None = None, progress: bool = True
-) -> dict[str, Any]:
-    """Read every image that a run would use.
-
-    Args:
-        dataset: the name of the data set, for the report.
-        threads: how many read at a time; as many as there are processors when left out.
-        progress: whether to show a progress bar.
+def check_stream(stream: TaskStream, dataset: str, *, progress: bool = True) -> dict[str, Any]:
+    """Read every image that a run would use, with a progress bar on a terminal unless ``progress`` is False.
 
     Returns:
         ``dataset``; ``num_classes``; ``split`` (``authors``, ``official``, ``seeded`` or ``folder``);
         ``train`` and ``test``, numbers of images; ``tasks``, for each ``train``, ``test`` and ``classes``
-        (names in label order); ``bad``, missing or damaged images relative to dataroot, sorted: none when the
-        data are fine.
+        (names in label order); ``bad``, missing or damaged images relative to dataroot, sorted.
     """
-    parts = [stream.train_images, stream.test_images]
+    tasks = [
+        {"train": stream.train_size(task), "test": stream.test_size(task), "classes": stream.task_names(task)}
+        for task in range(len(stream))
+    ]
+    images = [(part, index) for part in (stream.train_images, stream.test_images) for index in part.used.tolist()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding Python's lock
+        bad = pool.map(_bad_name, images)
+        names = set(tqdm(bad, "reading images", len(images), unit="image", disable=not progress or None, leave=False))
     return {
         "dataset": dataset,
         "num_classes": stream.num_classes,
         "split": stream.split,
         "train": len(stream.train_images.used),
         "test": len(stream.test_images.used),
-        "tasks": [
-            {
-                "train": stream.train_size(task),
-                "test": stream.test_size(task),
-                "classes": stream.task_names(task),
-            }
-            for task in range(len(stream))
-        ],
-        "bad": _bad_images(parts, threads or os.cpu_count() or 1, progress),
+        "tasks": tasks,
+        "bad": sorted(names - {None}),
     }
 
 
-def _bad_images(parts: Sequence[Images], threads: int, progress: bool) -> list[str]:
-    """Names of the images that cannot be read, sorted. Threads do: Pillow decodes outside Python's lock."""
-    bad: set[str] = set()
-    total = sum(len(part.used) for part in parts)
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(total=total, desc="reading images", unit="image", disable=None if progress else True, leave=False) as bar,
-    ):
-        for part in parts:
-            readable = pool.map(partial(_readable, part.store), part.used)
-            for index, good in zip(part.used, readable, strict=True):
-                if not good:
-                    bad.add(part.store.name(index))
-                bar.update()
-    return sorted(bad)
-
-
-def _readable(store: ImageStore, index: np.int64) -> bool:
+def _bad_name(image: tuple[ImageSubset, int]) -> str | None:
+    """Name of an image that cannot be read, or None if it can."""
+    part, index = image
     try:
-        store.open(int(index))
+        part.store.open(index)
     except BadImageError:
-        return False
-    return True
+        return part.store.name(index)
+    return None

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.base import ArrayStore, ImageSource, read_image
+from dataloaders.base import ArrayStore, DataSource, read_image
+from utils.config import DataConfig
 
 DATA_DIR = Path(__file__).parent / "data" / "emoji_r"
+INDEX, ARCHIVE = DATA_DIR / "index.json", DATA_DIR / "images.zip"
 
 
-class EmojiR(ImageSource):
+class EmojiR(DataSource):
     """200 emoji, each drawn by several artists: 3 test renditions a class, the rest for training.
 
     Labels follow the order of ``index.json``. All images are decoded at once (22 MB) and stay in memory.
@@ -22,16 +24,8 @@ class EmojiR(ImageSource):
 
     test_crop = "stretch"
 
-    def __init__(
-        self,
-        root: Path | None = None,
-        *,
-        data_url: str | None = None,
-        seed: int = 0,
-        log_dir: Path | None = None,
-        progress: bool = True,
-    ) -> None:
-        index = json.loads((DATA_DIR / "index.json").read_text(encoding="utf-8"))
+    def find(self) -> None:
+        index = json.loads(INDEX.read_text(encoding="utf-8"))
         self.class_names = [entry["name"] for entry in index["classes"]]
         self.split = "official"
         self._images = index["images"]
@@ -39,20 +33,15 @@ class EmojiR(ImageSource):
     def load(self, train: bool) -> tuple[ArrayStore, np.ndarray]:
         part = "train" if train else "test"
         entries = [entry for entry in self._images if entry["split"] == part]
-        archive = DATA_DIR / "images.zip"
-        images = []
-        with zipfile.ZipFile(archive) as files:
-            for entry in entries:
-                raw = io.BytesIO(files.read(entry["file"]))
-                images.append(np.asarray(read_image(raw, f"{archive}:{entry['file']}")))
+        with zipfile.ZipFile(ARCHIVE) as files:
+            raw = {entry["file"]: io.BytesIO(files.read(entry["file"])) for entry in entries}
+        images = np.stack([np.asarray(read_image(file, f"{ARCHIVE}:{name}")) for name, file in raw.items()])
         labels = np.asarray([entry["label"] for entry in entries], dtype=np.int64)
-        return ArrayStore(np.stack(images), f"emoji_r/{part}"), labels
+        return ArrayStore(images, f"emoji_r/{part}"), labels
 
     @classmethod
-    def preflight(cls, root: Path | None, data_url: str | None = None) -> list[str]:
-        missing = [name for name in ("index.json", "images.zip") if not (DATA_DIR / name).is_file()]
-        if missing:
-            return [f"Emoji_R: {' and '.join(missing)} missing in {DATA_DIR}; restore it from the repository"]
-        return []
-
-
+    def missing(cls, config: DataConfig) -> list[str]:
+        missing = [path.name for path in (INDEX, ARCHIVE) if not path.is_file()]
+        if not missing:
+            return []
+        return [f"dataset Emoji_R: {' and '.join(missing)} missing in {DATA_DIR}; restore it from the repository"]

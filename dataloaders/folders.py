@@ -3,100 +3,111 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from dataloaders.base import DataError, FileStore, random_state, seeded_split
+from dataloaders.base import DataError, DataSource, FileStore, random_state, seeded_split
+
+FileList = list[tuple[str, int]]
+"""Image files with their labels; paths are relative to ``dataroot``, with forward slashes."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders (and links to folders) in ``folder``, sorted; hidden ones are left out.
+    """Names of the folders (and links to folders) in ``folder``, sorted and without hidden ones.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
         raise DataError(f"cannot read the folder {folder}: {error.strerror}") from error
 
 
-def find_images(root: Path, folder: str) -> Iterator[str]:
+def find_images(root: Path, folder: str, within: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
     """Images in ``root/folder`` and the folders in it, in order, relative to ``root``.
 
-    Links are followed, but no folder is entered from within itself. Hidden files and files that are no images
-    by their ending are left out; a link that leads nowhere is kept, for it is named as a bad image later.
-
-    Raises:
-        DataError: a folder cannot be read.
+    Links are followed, but no folder is entered from within itself: ``within`` identifies the folders above it.
+    Hidden files and files that are no images by their ending are left out; a link that leads nowhere is kept,
+    to be reported as a bad image later. A folder that cannot be read is a :class:`DataError`.
     """
-    yield from _visit(str(root), folder, frozenset())
-
-
-def _visit(root: str, folder: str, within: frozenset[tuple[int, int]]) -> Iterator[str]:
-    path = os.path.join(root, folder)
     try:
-        status = os.stat(path)
-        inside = (status.st_dev, status.st_ino)
-        if inside in within:
+        status = os.stat(root / folder)
+        own = (status.st_dev, status.st_ino)
+        if own in within:
             return
-        with os.scandir(path) as entries:
+        with os.scandir(root / folder) as entries:
             listing = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise DataError(f"cannot read the folder {path}: {error.strerror}") from error
+        raise DataError(f"cannot read the folder {root / folder}: {error.strerror}") from error
     for entry in listing:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _visit(root, f"{folder}/{entry.name}", within | {inside})
-        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-            if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
-                yield f"{folder}/{entry.name}"
+            yield from find_images(root, f"{folder}/{entry.name}", within | {own})
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES) and (entry.is_file() or entry.is_symlink()):
+            yield f"{folder}/{entry.name}"
 
 
-class LabelledFiles:
-    """Image files with their labels.
+def list_classes(root: Path, parent: str, class_names: Sequence[str]) -> FileList:
+    """All images below ``root/parent/<class name>``; a class without that folder has none."""
+    folders = [f"{parent}/{name}" if parent else name for name in class_names]
+    present = [(label, folder) for label, folder in enumerate(folders) if (root / folder).is_dir()]
+    return [(path, label) for label, folder in present for path in find_images(root, folder)]
+
+
+def split_by_class(files: FileList, seed: int) -> tuple[FileList, FileList]:
+    """Four fifths for training and one for testing, drawn with the seed in each class."""
+    tested = seeded_split(_labels(files), 0.2, random_state(seed, "split"))
+    return [files[i] for i in np.flatnonzero(~tested)], [files[i] for i in np.flatnonzero(tested)]
+
+
+def _labels(files: FileList) -> np.ndarray:
+    return np.array([label for _, label in files], dtype=np.int64)
+
+
+def checked_path(path: str) -> str:
+    """A path ``<folder>/<class>/<file>`` from a list; ValueError if it is another, which might lead elsewhere."""
+    parts = path.split("/")
+    if len(parts) != 3 or {"", ".", ".."} & set(parts):
+        raise ValueError(f"unexpected path {path}")
+    return path
+
+
+class FileSource(DataSource):
+    """A data set of image files below ``dataroot``.
 
     Attributes:
-        paths: relative to ``dataroot``, with forward slashes.
-        labels: int64 [n].
+        name, url, num_classes: of a published data set: its name on the command line, where to get it, its size.
+        train, test: the files, set by :meth:`find`.
     """
 
-    def __init__(self, paths: list[str], labels: Iterable[int]) -> None:
-        self.paths = paths
-        self.labels = np.asarray(labels, dtype=np.int64)
+    name: ClassVar[str]
+    url: ClassVar[str]
+    num_classes: ClassVar[int]
+    train: FileList
+    test: FileList
 
-    @classmethod
-    def from_classes(cls, root: Path, parent: str, class_names: Iterable[str]) -> LabelledFiles:
-        """All images below ``root/parent/<class name>``; a class without any has none."""
-        paths: list[str] = []
-        labels: list[int] = []
-        for label, name in enumerate(class_names):
-            folder = f"{parent}/{name}" if parent else name
-            images = list(find_images(root, folder)) if (root / folder).is_dir() else []
-            paths += images
-            labels += [label] * len(images)
-        return cls(paths, labels)
+    def load(self, train: bool) -> tuple[FileStore, np.ndarray]:
+        files = self.train if train else self.test
+        return FileStore(self.root, [path for path, _ in files]), _labels(files)
 
-    @classmethod
-    def joined(cls, parts: Iterable[LabelledFiles]) -> LabelledFiles:
-        """Several lists one after the other."""
-        parts = list(parts)
-        return cls([p for part in parts for p in part.paths], np.concatenate([part.labels for part in parts]))
+    def require_all_classes(self, labels: Iterable[int], where: object) -> None:
+        """Raise DataError unless the classes found in ``where`` are those of the data set."""
+        found = sorted(labels)
+        if found != list(range(self.num_classes)):
+            raise DataError(
+                f"dataset {self.name}: {len(found)} classes instead of {self.num_classes} in {where}; get {self.url} "
+                "again, or use --dataset ImageFolder for images of your own"
+            )
 
-    def store(self, root: Path) -> tuple[FileStore, np.ndarray]:
-        """The images for a :class:`dataloaders.base.ImageSource` to hand out."""
-        return FileStore(root, self.paths), self.labels
-
-    def seeded_split(self, seed: int) -> tuple[LabelledFiles, LabelledFiles]:
-        """Four fifths for training and one for testing, by class, drawn with the seed."""
-        test = seeded_split(self.labels, 0.2, random_state(seed, "split"))
-        return self._pick(~test), self._pick(test)
-
-    def _pick(self, chosen: np.ndarray) -> LabelledFiles:
-        return LabelledFiles([self.paths[i] for i in np.flatnonzero(chosen)], self.labels[chosen])
+    def names_from_paths(self, where: object) -> list[str]:
+        """Class names in label order: the names of the folders of the images, as listed in ``where``."""
+        names = {label: path.split("/")[-2] for path, label in reversed(self.train + self.test)}
+        self.require_all_classes(names, where)
+        return [names[label] for label in range(self.num_classes)]

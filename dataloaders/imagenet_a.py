@@ -1,57 +1,46 @@
-"""ImageNet-A (Hendrycks et al. 2021)."""
+"""ImageNet-A (Hendrycks et al. 2021), and the layout that it shares with ImageNet-R."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
-
-from dataloaders.base import DataError, FileStore, ImageSource
-from dataloaders.folders import LabelledFiles, subfolders
-
-NUM_CLASSES = 200
-ARCHIVE_URL = "https://people.eecs.berkeley.edu/~hendrycks/imagenet-a.tar"
+from dataloaders.folders import FileSource, list_classes, split_by_class, subfolders
+from utils.config import DataConfig
 
 
-class ImageNetA(ImageSource):
-    """7,500 photographs of 200 ImageNet classes that a ResNet-50 gets wrong: ``dataroot/imagenet-a/<wnid>``.
+class WordNetFolders(FileSource):
+    """Images of 200 ImageNet classes in ``dataroot/<folder>/<wnid>``."""
 
-    There is no official split: a fifth of each class, drawn with the seed, is for testing.
-    """
+    folder: ClassVar[str]
+    example: ClassVar[str]
+    num_classes = 200
 
-    folder = "imagenet-a"
-
-    def __init__(
-        self,
-        root: Path,
-        *,
-        data_url: str | None = None,
-        seed: int = 0,
-        log_dir: Path | None = None,
-        progress: bool = True,
-    ) -> None:
-        problems = self.preflight(root)
-        if problems:
-            raise DataError(problems[0])
-        self._root = root
+    def split_by_seed(self) -> None:
+        """Draw a fifth of each class with the seed for testing; classes are numbered by name."""
         self.split = "seeded"
-        self.class_names = subfolders(root / self.folder)
-        if len(self.class_names) != NUM_CLASSES:
-            raise DataError(
-                f"{root / self.folder} has {len(self.class_names)} class folders instead of {NUM_CLASSES}: "
-                f"unpack {ARCHIVE_URL} again, or use dataset: ImageFolder for images of your own"
-            )
-        files = LabelledFiles.from_classes(root, self.folder, self.class_names)
-        self._train, self._test = files.seeded_split(seed)
-
-    def load(self, train: bool) -> tuple[FileStore, np.ndarray]:
-        return (self._train if train else self._test).store(self._root)
+        self.class_names = subfolders(self.root / self.folder)
+        self.require_all_classes(range(len(self.class_names)), self.root / self.folder)
+        files = list_classes(self.root, self.folder, self.class_names)
+        self.train, self.test = split_by_class(files, self.seed)
 
     @classmethod
-    def preflight(cls, root: Path, data_url: str | None = None) -> list[str]:
-        if (root / cls.folder).is_dir():
+    def missing(cls, config: DataConfig) -> list[str]:
+        folder = config.dataroot / cls.folder
+        if folder.is_dir():
             return []
         return [
-            f"dataset ImageNet_A: no folder {root / cls.folder}; get {ARCHIVE_URL} and unpack it into "
-            f"dataroot, so that {root / cls.folder}/n01498041 and 199 others like it are there"
+            f"dataset {cls.name}: no folder {folder}; get {cls.url} and unpack it into dataroot, so that "
+            f"{folder / cls.example} and 199 others like it exist"
         ]
+
+
+class ImageNetA(WordNetFolders):
+    """7,500 photographs of 200 ImageNet classes that a ResNet-50 gets wrong; there is no official split."""
+
+    name = "ImageNet_A"
+    url = "https://people.eecs.berkeley.edu/~hendrycks/imagenet-a.tar"
+    folder = "imagenet-a"
+    example = "n01498041"
+
+    def find(self) -> None:
+        self.split_by_seed()

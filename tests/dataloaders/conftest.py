@@ -1,62 +1,55 @@
 """Small data sets of the real layouts, made on the spot."""
 
-from __future__ import annotations
-
-import io
-import pickle
-import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-import pytest
+import torch
 from PIL import Image
 
-from dataloaders.base import ArrayStore, FileStore
-from dataloaders.download import Checksum
+from dataloaders.base import ArrayStore, DataSource
+from dataloaders.loader import DataPipeline
 from dataloaders.tasks import TaskStream
-from dataloaders.transforms import EvalTransform, TrainTransform
+from utils.config import DataConfig
 
 
-def picture(seed: int, size: tuple[int, int] = (12, 10), mode: str = "RGB") -> Image.Image:
+def picture(seed: int, size: tuple[int, int] = (12, 10)) -> Image.Image:
     """Random pixels; ``size`` is (width, height)."""
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
-def random_store(rng: np.random.Generator, images: int, name: str) -> ArrayStore:
-    return ArrayStore(rng.integers(0, 256, (images, 12, 12, 3), dtype=np.uint8), name)
+def config(**settings) -> DataConfig:
+    """Settings of tests: two classes a task, batches of four, no workers."""
+    return DataConfig(**{"first_split_size": 2, "other_split_size": 2, "batch_size": 4, "workers": 0, **settings})
 
 
-def array_stream(counts=(6, 6, 6, 6, 6), *, size: int = 16, train_aug: bool = True, **settings) -> TaskStream:
-    """A stream over random 12x12 images in memory: ``counts[c]`` of class c for training, 3 for testing."""
-    rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(len(counts)), counts)
-    test_labels = np.repeat(np.arange(len(counts)), 3)
-    test_transform = EvalTransform(size, "stretch")
-    return TaskStream(
-        (random_store(rng, len(labels), "train"), labels),
-        (random_store(rng, len(test_labels), "test"), test_labels),
-        class_names=[f"class {c}" for c in range(len(counts))],
-        split="official",
-        train_transform=TrainTransform(size) if train_aug else test_transform,
-        test_transform=test_transform,
-        **{"first_split_size": 2, "other_split_size": 2, **settings},
-    )
+class ArraySource(DataSource):
+    """Random 12x12 images in memory, ``counts[c]`` of class c for training and 3 for testing."""
+
+    test_crop = "stretch"
+    counts = (6, 6, 6, 6, 6)
+
+    def find(self) -> None:
+        self.split = "official"
+        self.class_names = [f"class {label}" for label in range(len(self.counts))]
+
+    def load(self, train: bool) -> tuple[ArrayStore, np.ndarray]:
+        labels = np.repeat(np.arange(len(self.counts)), self.counts if train else 3)
+        pixels = np.random.default_rng(int(train)).integers(0, 256, (len(labels), 12, 12, 3), dtype=np.uint8)
+        return ArrayStore(pixels, "train" if train else "test"), labels
 
 
-def file_stream(root: Path, paths: list[str], size: int = 16) -> TaskStream:
-    """A stream with one task of one class over image files, which serve for training and for testing."""
-    part = (FileStore(root, paths), np.zeros(len(paths), dtype=np.int64))
-    return TaskStream(
-        part,
-        part,
-        class_names=["only"],
-        split="folder",
-        first_split_size=1,
-        other_split_size=1,
-        train_transform=TrainTransform(size),
-        test_transform=EvalTransform(size),
-    )
+def array_stream(counts=ArraySource.counts, *, seed: int = 0, **settings) -> TaskStream:
+    """A stream over images in memory."""
+    settings = config(**settings)
+    source = type("Source", (ArraySource,), {"counts": counts})(settings, seed=seed)
+    return TaskStream(source, settings, seed=seed, image_size=16)
+
+
+def pipeline(stream: TaskStream, *, rank: int = 0, world_size: int = 1, **settings) -> DataPipeline:
+    """A pipeline on the CPU with seed 7."""
+    parallel = SimpleNamespace(device=torch.device("cpu"), rank=rank, world_size=world_size)
+    return DataPipeline(stream, config(**settings), seed=7, parallel=parallel)
 
 
 def class_folders(root: Path, classes: list[str], images: int, suffix: str = ".jpg") -> None:
@@ -67,37 +60,8 @@ def class_folders(root: Path, classes: list[str], images: int, suffix: str = ".j
             picture(1000 * label + number).save(root / name / f"{number}{suffix}")
 
 
-def tar_of(files: dict[str, bytes]) -> bytes:
-    """A gzipped tar archive."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def md5(content: bytes) -> str:
-    return Checksum("md5", "").of(io.BytesIO(content))
-
-
-@pytest.fixture
-def cifar_archive(monkeypatch):
-    """A small archive of the layout of CIFAR-100: 4 training and 2 test images a class."""
-    from dataloaders.cifar import CIFAR100
-
-    rng = np.random.default_rng(0)
-
-    def part(images: int) -> bytes:
-        labels = np.tile(np.arange(100), images).tolist()
-        pixels = rng.integers(0, 256, (len(labels), 3072), dtype=np.uint8)
-        return pickle.dumps({"data": pixels, "fine_labels": labels, "coarse_labels": labels}, protocol=2)
-
-    meta = pickle.dumps({"fine_label_names": [f"name {c}" for c in range(100)]}, protocol=2)
-    files = {"train": part(4), "test": part(2), "meta": meta}
-    archive = tar_of({f"cifar-100-python/{name}": content for name, content in files.items()})
-    monkeypatch.setattr(CIFAR100, "archive_md5", md5(archive))
-    for name in ("train", "test", "meta"):
-        monkeypatch.setattr(CIFAR100, f"{name}_files", {name: md5(files[name])})
-    return archive
+def names(part) -> list[str]:
+    """The names of a source's training or test images."""
+    store, labels = part
+    assert len(store) == len(labels) and labels.dtype == np.int64
+    return [store.name(i) for i in range(len(store))]

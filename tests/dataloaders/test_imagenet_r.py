@@ -1,200 +1,98 @@
-"""ImageNet-R: the authors' split wherever it is, and the seeded one with its warning where it is not."""
+"""ImageNet-R, here with 4 classes: the authors' split wherever it is, and a drawn one with its warning elsewhere."""
 
-import io
-import logging
-import time
+import hashlib
 
-import numpy as np
 import pytest
 import yaml
 
 from dataloaders import imagenet_r
 from dataloaders.base import DataError
-from dataloaders.build import build_stream
-from dataloaders.check import check_stream
 from dataloaders.download import Checksum
 from dataloaders.imagenet_r import TEST_FILE, TRAIN_FILE, ImageNetR
-from dataloaders.loader import DataPipeline
-from tests.dataloaders.conftest import picture
+from tests.dataloaders.conftest import class_folders, config, names
 from tests.dataloaders.server import serve
 
-WNIDS = [f"n{number:08d}" for number in range(1000, 1200)]
-NAMES = ["art_0.jpg", "cartoon_1.jpg", "toy_2.jpg", "sketch_3.jpg", "tattoo_4.jpg"]
+WNIDS = ["n1", "n2", "n3", "n4"]
+NUMBERS = [2, 0, 3, 1]  # the authors' class numbers are a shuffle of the wnids
 
 
-@pytest.fixture(scope="session")
-def tree(tmp_path_factory):
-    """dataroot with 200 classes of 5 images."""
-    root = tmp_path_factory.mktemp("dataroot")
-    for label, wnid in enumerate(WNIDS):
-        folder = root / "imagenet-r" / wnid
-        folder.mkdir(parents=True)
-        for number, name in enumerate(NAMES):
-            picture(5 * label + number).save(folder / name)
-    return root
+def split_file(images: range) -> bytes:
+    paths = [f"data/imagenet-r/{wnid}/{number}.jpg" for number in images for wnid in WNIDS]
+    return yaml.safe_dump({"data": paths, "targets": NUMBERS * len(images)}).encode()
 
 
-def split_text(pairs) -> bytes:
-    """A split file as the authors' are: one entry a line, not in the order of the classes."""
-    data = "".join(f"- data/imagenet-r/{wnid}/{name}\n" for wnid, name, _ in pairs)
-    targets = "".join(f"- {label}\n" for *_, label in pairs)
-    return f"data:\n{data}targets:\n{targets}".encode()
-
-
-@pytest.fixture(scope="session")
-def authors():
-    """The two files: the last image of each class is for testing, class numbers are a shuffle of the wnids."""
-    rng = np.random.RandomState(0)
-    numbers = rng.permutation(200)
-    pairs = [(wnid, name, numbers[i]) for i, wnid in enumerate(WNIDS) for name in NAMES]
-    order = rng.permutation(len(pairs))
-    shuffled = [pairs[i] for i in order]
-    return {
-        TRAIN_FILE: split_text([pair for pair in shuffled if pair[1] != NAMES[4]]),
-        TEST_FILE: split_text([pair for pair in shuffled if pair[1] == NAMES[4]]),
-    }
-
-
-@pytest.fixture(autouse=True)
-def splits_dir(tmp_path, monkeypatch, authors):
-    """An empty dataloaders/splits, no network, and the made files' checksums."""
-    folder = tmp_path / "splits"
-    folder.mkdir()
-    monkeypatch.setattr(imagenet_r, "SPLITS_DIR", folder)
-    monkeypatch.setattr(imagenet_r, "SPLITS_URL", "http://127.0.0.1:9/")
-    sums = {name: Checksum("sha256", Checksum("sha256", "").of(io.BytesIO(text))) for name, text in authors.items()}
-    monkeypatch.setattr(imagenet_r, "CHECKSUMS", sums)
-    return folder
+AUTHORS = {TRAIN_FILE: split_file(range(1, 5)), TEST_FILE: split_file(range(1))}
 
 
 @pytest.fixture
-def own_tree(tree, tmp_path):
-    """A dataroot of the test's own, with the shared images behind a link."""
-    root = tmp_path / "data root"
-    root.mkdir()
-    (root / "imagenet-r").symlink_to(tree / "imagenet-r")
-    return root
+def root(tmp_path, monkeypatch):
+    """A dataroot with 4 classes of 5 images; no split file is installed or can be downloaded."""
+    monkeypatch.setattr(ImageNetR, "num_classes", 4)
+    monkeypatch.setattr(imagenet_r, "SPLITS_DIR", tmp_path)
+    monkeypatch.setattr(imagenet_r, "SPLITS_URL", "http://127.0.0.1:9/")
+    sums = {name: Checksum("sha256", hashlib.sha256(text).hexdigest()) for name, text in AUTHORS.items()}
+    monkeypatch.setattr(imagenet_r, "CHECKSUMS", sums)
+    class_folders(tmp_path / "data root" / "imagenet-r", WNIDS, 5)
+    return tmp_path / "data root"
 
 
-def check_authors(source: ImageNetR, authors) -> None:
-    assert source.split == "authors"
-    for train, name in ((True, TRAIN_FILE), (False, TEST_FILE)):
-        content = yaml.safe_load(authors[name])
-        store, labels = source.load(train)
-        assert labels.tolist() == content["targets"]
-        assert [f"data/{store.name(i)}" for i in range(len(store))] == content["data"]
-    for path, label in zip(content["data"], content["targets"], strict=True):
-        assert source.class_names[label] == path.split("/")[2]
+def write(folder, files) -> None:
+    for name, text in files.items():
+        (folder / name).write_bytes(text)
 
 
-def test_local_files_are_used(tree, authors, splits_dir, caplog):
-    for name, text in authors.items():
-        (splits_dir / name).write_bytes(text)
-    source = ImageNetR(tree)
-    check_authors(source, authors)
-    store, _ = source.load(train=True)
-    assert store.open(0).mode == "RGB" and store.missing() == []
-    assert not caplog.records
-    assert not (tree / TRAIN_FILE).exists()
+def source(root, seed=0, resumed_dir=None, **settings) -> ImageNetR:
+    return ImageNetR(config(dataroot=root, **settings), seed=seed, resumed_dir=resumed_dir, progress=False)
 
 
-def test_local_files_that_are_not_the_authors_are_used_with_a_warning(tree, authors, splits_dir, caplog):
-    (splits_dir / TRAIN_FILE).write_bytes(authors[TRAIN_FILE] + b"\n")
-    (splits_dir / TEST_FILE).write_bytes(authors[TEST_FILE])
-    check_authors(ImageNetR(tree), authors)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+def check_authors(found: ImageNetR) -> None:
+    assert (found.split, found.drawn_split, found.class_names) == ("authors", {}, ["n2", "n4", "n1", "n3"])
+    assert names(found.load(False)) == [f"imagenet-r/{wnid}/0.jpg" for wnid in WNIDS]
+    assert found.load(False)[1].tolist() == NUMBERS and found.load(True)[1].tolist() == NUMBERS * 4
+
+
+def test_the_authors_files_are_installed_or_downloaded_into_dataroot(root, tmp_path, caplog):
+    with serve(AUTHORS) as url:
+        check_authors(source(root, data_url=url))
+    check_authors(source(root))
+    write(tmp_path, AUTHORS)
+    (root / TRAIN_FILE).unlink()
+    check_authors(source(root, resumed_dir=root / "imagenet-r"))
+    assert not caplog.records and not (root / TRAIN_FILE).exists()
+    write(tmp_path, {TRAIN_FILE: AUTHORS[TRAIN_FILE] + b"\n"})
+    check_authors(source(root))
     assert "not the authors' file" in caplog.text
 
 
-def test_missing_files_are_fetched_into_dataroot_and_found_there(own_tree, authors, tmp_path):
-    content = {f"/{name}": text for name, text in authors.items()}
-    with serve(content, {f"/{TRAIN_FILE}": ["drop 300", "ok"], f"/{TEST_FILE}": ["ok"]}) as (url, requests):
-        check_authors(ImageNetR(own_tree, data_url=url, log_dir=tmp_path / "log", progress=False), authors)
-    assert len(requests) == 3
-    check_authors(ImageNetR(own_tree), authors)
-    assert sorted(path.name for path in own_tree.iterdir()) == sorted(["imagenet-r", TRAIN_FILE, TEST_FILE])
-    assert not (tmp_path / "log").exists()
+def test_without_the_files_a_split_is_drawn_which_a_resume_keeps(root, tmp_path, caplog):
+    with serve(AUTHORS, "page") as url:
+        drawn = source(root, seed=3, data_url=url)
+    assert (drawn.split, drawn.class_names) == ("seeded", WNIDS)
+    assert "not the paper's" in caplog.text and caplog.records[-1].levelname == "WARNING"
+    train, test = names(drawn.load(True)), names(drawn.load(False))
+    assert len({*train, *test}) == 20 and drawn.load(False)[1].tolist() == [0, 1, 2, 3]
+    assert names(source(root, seed=4).load(False)) != test
+    log_dir = root  # any folder
+    write(log_dir, drawn.drawn_split)
+    write(tmp_path, AUTHORS)  # a resumed run keeps its split, even if the authors' is available by now
+    resumed = source(root, seed=3, resumed_dir=log_dir)
+    assert resumed.split == "seeded" and "that drawn before, in" in caplog.text
+    assert (names(resumed.load(True)), names(resumed.load(False))) == (train, test)
+    for changed in (log_dir / TEST_FILE, root / "imagenet-r" / "n1" / "0.jpg"):
+        changed.unlink()
+        with pytest.raises(DataError, match=r"imagenet-r_\w+.yaml is not the split that the seed draws .*new log_dir"):
+            source(root, seed=3, resumed_dir=log_dir)
+        write(log_dir, drawn.drawn_split)
 
 
-@pytest.mark.parametrize("behaviour", ["404", "page", "short 500"])
-def test_the_fallback_is_drawn_once_and_warned_about(own_tree, authors, tmp_path, caplog, behaviour):
-    content = {f"/{name}": text for name, text in authors.items()}
-    log_dir = tmp_path / "log"
-    with serve(content, {f"/{TRAIN_FILE}": [behaviour]}) as (url, _):
-        source = ImageNetR(own_tree, data_url=url, seed=3, log_dir=log_dir, progress=False)
-    assert source.split == "seeded"
-    assert "not the paper's" in caplog.text and "WARNING" in caplog.text
-    assert source.class_names == WNIDS
-    (train, labels), (test, test_labels) = source.load(True), source.load(False)
-    assert (len(train), len(test)) == (800, 200)
-    assert np.bincount(test_labels).tolist() == [1] * 200
-    names = [part.name(i) for part in (train, test) for i in range(len(part))]
-    assert len(set(names)) == 1000
-    assert all(WNIDS[label] in train.name(i) for i, label in enumerate(labels))
-    assert [path.name for path in own_tree.iterdir()] == ["imagenet-r"]
-    # A resumed run keeps it, whatever its seed and whatever can be fetched by now.
-    resumed = ImageNetR(own_tree, seed=4, log_dir=log_dir)
-    assert resumed.split == "seeded"
-    assert [resumed.load(False)[0].name(i) for i in range(200)] == [test.name(i) for i in range(200)]
-    other = ImageNetR(own_tree, seed=4)
-    assert [other.load(False)[0].name(i) for i in range(200)] != [test.name(i) for i in range(200)]
+DAMAGED = ["", "- 1", "data: [a", "data: [[1, 2]]\ntargets: [0]", "data: [/etc/passwd/x]\ntargets: [0]"]
+DAMAGED += ["data: [data/../../etc/passwd]\ntargets: [0]"]
+DAMAGED += [f"data: [data/imagenet-r/n1/1.jpg]\ntargets: [{targets}]" for targets in ("0, 1", "x", "4")]
 
 
-def test_the_real_size_is_read_in_less_than_a_second(tmp_path):
-    pairs = [(WNIDS[i % 200], f"sculpture_{i}.jpg", i % 200) for i in range(24_000)]
-    (tmp_path / "big.yaml").write_bytes(split_text(pairs))
-    start = time.process_time()
-    files = imagenet_r._read_split(tmp_path / "big.yaml")
-    assert time.process_time() - start < 1.0
-    assert len(files.paths) == 24_000
-    assert files.paths[1] == f"imagenet-r/{WNIDS[1]}/sculpture_1.jpg"
-
-
-def test_missing_images_are_counted(tree, authors, splits_dir, tmp_path):
-    for name, text in authors.items():
-        (splits_dir / name).write_bytes(text.replace(b"art_0", b"art_9"))
-    stream = build_stream(
-        dataset="ImageNet_R", dataroot=tree, image_size=16, first_split_size=20, other_split_size=20
-    )
-    with pytest.raises(DataError, match="^200 of the images that the split lists are missing"):
-        DataPipeline(stream, batch_size=4, eval_batch_size=4)
-    bad = check_stream(stream, "ImageNet_R", progress=False)["bad"]
-    assert len(bad) == 200 and all(name.endswith("art_9.jpg") for name in bad)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"",
-        b"<html>",
-        b"data: [a",
-        b"data: [data/imagenet-r/n1/a.jpg]\ntargets: [0, 1]",
-        b"data: [data/imagenet-r/n1/a.jpg]\ntargets: [x]",
-        b"data: [data/imagenet-r/n1/a.jpg]\ntargets: [200]",
-        b"data: [data/../../etc/passwd]\ntargets: [0]",
-        b"data: [/etc/passwd/x/y]\ntargets: [0]",
-        b"data: [[1, 2]]\ntargets: [0]",
-        b"- 1",
-    ],
-)
-def test_a_damaged_split_file_is_named(tree, authors, splits_dir, text):
-    (splits_dir / TRAIN_FILE).write_bytes(text)
-    (splits_dir / TEST_FILE).write_bytes(authors[TEST_FILE])
-    with pytest.raises(DataError, match="cannot use the split file .*imagenet-r_train.yaml") as caught:
-        ImageNetR(tree)
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_split_file_is_named(root, tmp_path, text):
+    write(tmp_path, AUTHORS | {TRAIN_FILE: text.encode()})
+    with pytest.raises(DataError, match=f"cannot use .*{TRAIN_FILE}|5 classes instead of 4 in {TRAIN_FILE}") as caught:
+        source(root)
     assert "\n" not in str(caught.value)
-
-
-def test_what_is_missing_is_said_before_anything_else(tmp_path):
-    (problem,) = ImageNetR.preflight(tmp_path)
-    assert str(tmp_path / "imagenet-r") in problem
-    assert "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar" in problem
-    with pytest.raises(DataError, match="no folder"):
-        ImageNetR(tmp_path)
-
-
-def test_a_half_unpacked_folder_is_not_split(tmp_path, caplog):
-    (tmp_path / "imagenet-r" / WNIDS[0]).mkdir(parents=True)
-    logging.getLogger("dataloaders").setLevel(logging.INFO)
-    with pytest.raises(DataError, match="has 1 class folders instead of 200"):
-        ImageNetR(tmp_path)
