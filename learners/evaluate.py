@@ -21,7 +21,7 @@ from learners.meter import NonFiniteError, TrainingError
 from learners.results import check_same_data, data_info
 from models.backbones import BackboneError
 from models.sizes import known_size
-from utils.checkpoint import CLASSES, METRICS, RunFolder, RunFolderError, check_settings, from_bytes
+from utils.checkpoint import METRICS, RunFolder, RunFolderError, check_settings, from_bytes
 from utils.config import Config, ConfigError
 from utils.logging import setup_logging
 from utils.metrics import AccuracyMatrix, summary_table

@@ -23,14 +23,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from learners.assemble import set_precision
+from learners.prompt import PromptLearner
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import learners.steps
 import models.prompts.coda
 import models.vit
-from learners.assemble import set_precision
-from learners.prompt import PromptLearner
 from learners.steps import EvalStep, Step, StudentStep, TeacherStep
 from tests import benchmark_step
 from tests.benchmark_step import count_flops, seconds_of

@@ -27,17 +27,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from learners.assemble import REDUCED, compiled, set_precision
+from learners.prompt import PromptLearner
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataloaders.tasks import ClassRange
-from learners.assemble import REDUCED, compiled, set_precision
 from learners.build import build_learner
 from learners.distillers import DISTILLERS
 from learners.distillers.base import DistillSettings
 from learners.optim import OptimSettings
-from learners.prompt import PromptLearner
 from learners.steps import make_query
 from models.backbones import check_pair, load_backbone
 from models.prompts import PROMPTS

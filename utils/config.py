@@ -174,7 +174,7 @@ SHARE = real("a number above 0 and of at most 1", lambda number: 0 < number <= 1
 
 
 class Option(NamedTuple):
-    """One setting: the field ``name`` of :class:`Config` or of its part ``section``, the flag ``--key``, the YAML key."""
+    """One setting: field ``name`` of :class:`Config` or of its part ``section``, flag ``--key``, and YAML key."""
 
     section: str
     name: str

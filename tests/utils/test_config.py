@@ -113,7 +113,8 @@ def test_the_hash_follows_the_settings_that_affect_results():
 
 def test_one_seed_of_a_repeat():
     seed = make_config({"log_dir": Path("runs"), "repeat": 3, "teacher_from": Path("other")}).for_seed(2)
-    assert (seed.seed, seed.repeat, seed.log_dir, seed.teacher_from) == (2, 1, Path("runs/seed-2"), Path("other/seed-2"))
+    assert (seed.seed, seed.repeat) == (2, 1)
+    assert (seed.log_dir, seed.teacher_from) == (Path("runs/seed-2"), Path("other/seed-2"))
 
 
 def test_keys_without_effect_are_listed(config_file):
