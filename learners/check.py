@@ -100,8 +100,9 @@ def model_problems(distill: DistillConfig, teacher: ViTSize | None, student: ViT
             f"teacher and student see the same images, but --t_model takes {teacher.image_size} px and"
             f" --s_model {student.image_size} px: choose models of one input size"
         )
-    found = entry.problems(ModelPair(teacher, student, distill.prompt_param))
-    return problems + [f"--KD_method {distill.method}: {problem}" for problem in found]
+    for problem in entry.problems(ModelPair(teacher, student, distill.prompt_param)):
+        problems.append(problem if problem.startswith("--") else f"--KD_method {distill.method}: {problem}")
+    return problems
 
 
 def num_tasks_of(num_classes: int, first: int, other: int, upper_bound: bool = False) -> int:

@@ -13,14 +13,13 @@ from dataloaders.tasks import TaskStream
 from utils.checkpoint import CLASSES, METRICS, RunFolder
 from utils.config import Config, ConfigError
 from utils.logging import environment, peak_memory_mb
-from utils.metrics import AccuracyMatrix, acc_csv, metrics_json, summary_lines, summary_table
+from utils.metrics import FORMAT, AccuracyMatrix, acc_csv, metrics_json, summary_lines, summary_table
 
 if TYPE_CHECKING:
     from learners.build import Run
 
 CSV = {"teacher": "Results/acc.csv", "student": "Results/acc_s.csv"}
 TIMING = "Results/timing.json"
-FORMAT = 1  # of metrics.json
 
 _log = logging.getLogger(__name__)
 

@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+FORMAT = 1  # of metrics.json
+
 # Name of a measure in metrics.json -> name in tables.
 MEASURES = {
     "final_average_accuracy": "Final average accuracy",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from learners.results import FORMAT
-from utils.metrics import AccuracyMatrix
+from utils.metrics import FORMAT, AccuracyMatrix
 
 DATA = {"split": "folder", "classes": 4, "class_names_sha256": "a" * 64, "train_images": 28, "test_images": 12}
 SETTINGS = {
