@@ -64,8 +64,8 @@ class TeacherStudentLearner:
 
     def begin_task(self, task: int) -> None:
         """Prepare both pools for ``task`` (CODA grows before every task; the first growth is part of building)."""
-        for role, model in self.models.items():
-            if task > 0:
+        if task > 0:
+            for role, model in self.models.items():
                 model.prompt.begin_task(task, generator(self.config.seed, "growth", role, task))
 
     def resume_task(self, task: int) -> None:
@@ -142,9 +142,7 @@ class TaskTraining:
     Args:
         step: losses of a batch.
         classes: columns that compete.
-        config: its optimizer and schedule, and the number of equal parts in which a batch passes through the step.
-        parallel: where the step runs.
-        compile_step: see :class:`TeacherStudentLearner`.
+        config, parallel, compile_step: as for :class:`TeacherStudentLearner`.
     """
 
     def __init__(
