@@ -13,8 +13,7 @@ from learners.distillers.base import Distiller
 from learners.optim import build_optimizer, learning_rate, set_learning_rate
 from learners.steps import EvalStep, Step, StepResult, StudentStep, TeacherStep
 from models.prompted_model import PromptedModel
-from models.vit import PromptedViT
-from utils.config import Config, OptimConfig
+from utils.config import Config
 from utils.parallel import Parallel
 from utils.seed import generator
 
@@ -47,13 +46,10 @@ class TeacherStudentLearner:
         self.config = config
         self.parallel = parallel
         self.student = student.to(parallel.device)
+        self.query_vit = self.student.vit
         self.distiller = distiller.to(parallel.device)
         self.teacher = teacher.to(parallel.device) if teacher is not None else None
         self.compile_step = compile_step
-
-    @property
-    def query_vit(self) -> PromptedViT:
-        return self.student.vit
 
     @property
     def models(self) -> dict[str, PromptedModel]:
@@ -68,8 +64,8 @@ class TeacherStudentLearner:
 
     def begin_task(self, task: int) -> None:
         """Prepare both pools for ``task`` (CODA grows before every task; the first growth is part of building)."""
-        for role, model in self.models.items():
-            if task > 0:
+        if task > 0:
+            for role, model in self.models.items():
                 model.prompt.begin_task(task, generator(self.config.seed, "growth", role, task))
 
     def resume_task(self, task: int) -> None:
@@ -85,23 +81,19 @@ class TeacherStudentLearner:
             classes: columns that compete in the losses.
             class_weights: weight of each class in the cross entropy [C], or None.
         """
-        if class_weights is not None:
-            class_weights = class_weights.to(self.parallel.device)
-        options = {"aux_loss_scale": self.config.aux_loss_scale, "class_weights": class_weights}
         if self.teacher is not None:
             for part in (self.teacher.prompt, self.teacher.last):
                 part.requires_grad_(role == "teacher")
+        options = {"aux_loss_scale": self.config.aux_loss_scale, "class_weights": class_weights}
         if role == "teacher":
             step: Step = TeacherStep(self.query_vit, self.teacher, **options)
         else:
-            step = StudentStep(self.query_vit, self.student, self.distiller, self.teacher, **options)
-        return TaskTraining(
-            step, classes, self.config.optim, self.parallel, self.config.accumulate, self.compile_step
-        )
+            step = StudentStep(self.student, self.distiller, self.teacher, **options)
+        return TaskTraining(step, classes, self.config, self.parallel, self.compile_step)
 
     def eval_step(self) -> EvalStep:
         """Evaluation of both models in one pass; puts them into evaluation mode."""
-        return EvalStep(self.query_vit, self.student, self.distiller, self.teacher)
+        return EvalStep(self.student, self.distiller, self.teacher)
 
     def evaluator(self) -> nn.Module:
         """The evaluation step as it is to be called, on this process's images."""
@@ -120,21 +112,18 @@ class TeacherStudentLearner:
         Raises:
             RuntimeError: a name or shape does not fit.
         """
-        model_keys = self.models[role].trained_state().keys()
-        rest = {key: value for key, value in state.items() if key not in model_keys}
-        self.models[role].load_trained_state({key: value for key, value in state.items() if key in model_keys})
         if role == "student":
-            self.distiller.load_state_dict(rest)
-        elif rest:
-            raise RuntimeError(f"the teacher's state has unknown {sorted(rest)}")
+            own = self.student.trained_state().keys()
+            self.distiller.load_state_dict({key: value for key, value in state.items() if key not in own})
+            state = {key: value for key, value in state.items() if key in own}
+        self.models[role].load_trained_state(state)
 
     def parameter_counts(self) -> dict[str, dict[str, int] | None]:
         """Numbers of parameters per role, in all and trained (the student's with the KD method's)."""
         counts: dict[str, dict[str, int] | None] = {"teacher": None}
         for role, model in self.models.items():
             trained = sum(tensor.numel() for tensor in self.state(role).values())
-            frozen = sum(p.numel() for p in model.vit.parameters())
-            counts[role] = {"total": frozen + trained, "trained": trained}
+            counts[role] = {"total": trained + sum(p.numel() for p in model.vit.parameters()), "trained": trained}
         return counts
 
 
@@ -153,34 +142,23 @@ class TaskTraining:
     Args:
         step: losses of a batch.
         classes: columns that compete.
-        optim: optimizer and schedule.
-        parallel: where the step runs.
-        accumulate: number of equal parts in which a batch passes through the step.
-        compile_step: see :class:`TeacherStudentLearner`.
+        config, parallel, compile_step: as for :class:`TeacherStudentLearner`.
     """
 
     def __init__(
-        self,
-        step: Step,
-        classes: ClassRange,
-        optim: OptimConfig,
-        parallel: Parallel,
-        accumulate: int = 1,
-        compile_step: Compiler = lambda step: step,
+        self, step: Step, classes: ClassRange, config: Config, parallel: Parallel, compile_step: Compiler
     ) -> None:
-        self.step = step.to(parallel.device)
+        self.step = step.to(parallel.device).train()
         self.classes = classes
-        self.optim = optim
+        self.config = config
         self.parallel = parallel
-        self.accumulate = accumulate
-        self.parameters = step.trained_parameters()
-        self.optimizer = build_optimizer(self.parameters, optim)
+        self.parameters = [p for p in step.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.parameters, config.optim)
         half = step.query_vit.autocast_dtype == torch.float16
         # Each process goes backward from the mean of its own rows, and only then are gradients averaged: with the
         # default scale they would be as many times larger as there are processes, and overflow earlier.
         scale = 2.0**16 / parallel.world_size
         self.scaler = torch.amp.GradScaler(parallel.device.type, init_scale=scale, enabled=half)
-        self.step.train()
         self.run = parallel.wrap(compile_step(self.step))
 
     @property
@@ -189,7 +167,7 @@ class TaskTraining:
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the learning rate of ``epoch``, from 0."""
-        set_learning_rate(self.optimizer, learning_rate(self.optim, epoch))
+        set_learning_rate(self.optimizer, learning_rate(self.config.optim, epoch))
 
     def train_step(self, images: Tensor, targets: Tensor) -> TrainResult:
         """Update the model with one batch.
@@ -199,19 +177,18 @@ class TaskTraining:
             targets: their labels [b].
         """
         self.optimizer.zero_grad(set_to_none=True)
+        number = self.config.accumulate
         results = []
-        parts = list(zip(images.chunk(self.accumulate), targets.chunk(self.accumulate), strict=True))
-        for index, (part_images, part_targets) in enumerate(parts):
-            with self.parallel.synchronize(self.run, last=index == len(parts) - 1):
-                result = self.run(part_images, part_targets, self.classes)
-                loss = result.loss.mean() / len(parts)
-                self.scaler.scale(loss).backward()
-            results.append(_over_replicas(result))
+        for part in zip(images.chunk(number), targets.chunk(number), strict=True):
+            with self.parallel.synchronize(self.run, last=len(results) == number - 1):
+                result = self.run(*part, self.classes)
+                self.scaler.scale(result.loss.mean() / number).backward()
+            results.append(result._replace(loss=result.loss.detach()))
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return TrainResult(*_over_parts(results), gradient=norm)
+        return TrainResult(*_over_batch(results), gradient=norm)
 
     def state(self) -> dict:
         """Optimizer (and loss scale) for a resume."""
@@ -224,21 +201,8 @@ class TaskTraining:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def _over_replicas(result: StepResult) -> StepResult:
-    """Losses averaged and counts summed over the replicas of a step."""
-    terms = {name: term.detach().mean() for name, term in result.terms.items()}
-    return StepResult(result.loss.detach().mean(), terms, result.correct.detach().sum())
-
-
-def _over_parts(results: Sequence[StepResult]) -> StepResult:
-    """Losses averaged and counts summed over the parts of a batch."""
-    if len(results) == 1:
-        return results[0]
-    terms = {name: _mean([result.terms[name] for result in results]) for name in results[0].terms}
-    return StepResult(
-        _mean([result.loss for result in results]), terms, torch.stack([result.correct for result in results]).sum()
-    )
-
-
-def _mean(values: Sequence[Tensor]) -> Tensor:
-    return torch.stack([value.float() for value in values]).mean()
+def _over_batch(results: Sequence[StepResult]) -> StepResult:
+    """Losses averaged and counts summed over the parts of a batch and the replicas of the step."""
+    loss, correct = (torch.cat([getattr(result, name) for result in results]) for name in ("loss", "correct"))
+    terms = {name: torch.cat([result.terms[name] for result in results]).mean() for name in results[0].terms}
+    return StepResult(loss.mean(), terms, correct.sum())

@@ -12,8 +12,6 @@ from torch import Tensor
 from learners.learner import TrainResult
 from utils.parallel import Parallel
 
-GRADIENT = "gradient"
-
 
 class TrainingError(RuntimeError):
     """Training cannot continue; the last good state is kept."""
@@ -37,63 +35,47 @@ class LossMeter:
     def __init__(self, parallel: Parallel, *, check_gradient: bool = True) -> None:
         self.parallel = parallel
         self.check_gradient = check_gradient
-        self.names: list[str] = []
         self.sums: dict[str, float] = {}
         self.correct = self.steps = self.skipped = self.images = 0
         self._pending: list[Tensor] = []
-        self._pending_images = 0
 
     def add(self, result: TrainResult, images: int) -> None:
         """Take the result of a training step on ``images`` images (of the global batch)."""
-        losses = {"loss": result.loss, **result.terms, GRADIENT: result.gradient}
-        self.names = list(losses)
+        losses = {"loss": result.loss, **result.terms, "gradient": result.gradient}
+        self.sums = self.sums or dict.fromkeys(losses, 0.0)
         self._pending.append(torch.stack([value.float() for value in (*losses.values(), result.correct)]))
-        self._pending_images += images
+        self.images += images
 
     def read(self) -> None:
-        """Fetch the pending steps.
-
-        Raises:
-            NonFiniteError: naming the first step (counted from 1) and term that is not finite.
-        """
+        """Fetch the pending steps; a NonFiniteError names the first step (from 1) and term that is not finite."""
         if not self._pending:
             return
         values = self.parallel.sum(torch.stack(self._pending)).cpu().double()  # [steps, terms + 1]
-        losses, correct = values[:, :-1] / self.parallel.world_size, values[:, -1]
-        self._check(losses)
+        self._pending = []
         # Step by step, so that the sums do not depend on when they are read.
-        for row in losses.tolist():
-            for name, value in zip(self.names, row, strict=True):
-                skipped = name == GRADIENT and not math.isfinite(value)  # _check has let it pass
-                self.skipped += skipped
-                self.sums[name] = self.sums.get(name, 0.0) + (0.0 if skipped else value)
-        self.correct += int(correct.sum())
-        self.steps += len(values)
-        self.images += self._pending_images
-        self._pending, self._pending_images = [], 0
+        for *losses, correct in values.tolist():
+            self.steps += 1
+            for name, total in zip(self.sums, losses, strict=True):
+                value = total / self.parallel.world_size
+                if math.isfinite(value):
+                    self.sums[name] += value
+                elif name == "gradient" and not self.check_gradient:
+                    self.skipped += 1
+                else:
+                    raise NonFiniteError(f"step {self.steps}: {name} is {value:g}")
+            self.correct += int(correct)
 
     def means(self) -> dict[str, float]:
-        """Mean of each term over the steps read so far, and the training ``accuracy`` in %."""
-        means = {name: total / max(self.steps, 1) for name, total in self.sums.items()}
+        """Mean of each term, and the training ``accuracy`` in %; call :meth:`read` before."""
+        means = {name: total / self.steps for name, total in self.sums.items()}
         if self.skipped:
             updates = self.steps - self.skipped
-            means[GRADIENT] = self.sums[GRADIENT] / updates if updates else math.nan
-        return means | {"accuracy": 100 * self.correct / self.images if self.images else math.nan}
+            means["gradient"] = self.sums["gradient"] / updates if updates else math.nan
+        return means | {"accuracy": 100 * self.correct / self.images}
 
     def state(self) -> dict[str, Any]:
-        """Everything that was read, for a resume within the epoch."""
-        names = ("sums", "correct", "steps", "skipped", "images")
-        return {name: getattr(self, name) for name in names}
+        """Everything that was read, for a resume within the epoch; call :meth:`read` before."""
+        return {name: getattr(self, name) for name in ("sums", "correct", "steps", "skipped", "images")}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Load the result of :meth:`state`."""
-        for name, value in state.items():
-            setattr(self, name, value)
-
-    def _check(self, losses: Tensor) -> None:
-        finite = losses.isfinite()
-        if not self.check_gradient:
-            finite[:, self.names.index(GRADIENT)] = True
-        if not finite.all():
-            step, term = (~finite).nonzero()[0].tolist()
-            raise NonFiniteError(f"step {self.steps + step + 1}: {self.names[term]} is {losses[step, term]:g}")
+        vars(self).update(state)

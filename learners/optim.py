@@ -12,14 +12,13 @@ from utils.config import OptimConfig
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """A new optimizer, for one model at one task."""
-    parameters = list(parameters)
+    """A new optimizer, for one model on one task."""
     lr, momentum, decay = config.lr, config.momentum, config.weight_decay
+    betas = (momentum, 0.999)
     match config.optimizer:
         case "Adam":
-            return torch.optim.Adam(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=decay, fused=True)
+            return torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=decay, fused=True)
         case "amsgrad":
-            betas = (momentum, 0.999)
             return torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=decay, amsgrad=True)
         case "SGD":
             return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay)

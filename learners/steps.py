@@ -1,6 +1,6 @@
 """One training or evaluation step, from images to losses and counts: the unit that runs on a device.
 
-A step holds every trained parameter and makes the losses itself, so that several devices exchange scalars and
+A step holds every trained parameter and computes the losses itself, so that several devices exchange scalars and
 gradients only. Everything it returns is a vector of one element per replica: losses are averaged over replicas, counts
 are summed.
 """
@@ -47,6 +47,8 @@ class EvalResult(NamedTuple):
 class Step(nn.Module):
     """Base of the training steps.
 
+    ``forward(images, targets, classes)`` takes images [B, 3, H, W] in [0, 1], labels [B] and the columns that compete.
+
     Args:
         query_vit: the frozen ViT that gives the query (the student's backbone, without prompts).
         aux_loss_scale: factor of prompt and feature losses; 2.0 reproduces the original on two GPUs, which
@@ -55,27 +57,17 @@ class Step(nn.Module):
     """
 
     def __init__(
-        self,
-        query_vit: PromptedViT,
-        *,
-        aux_loss_scale: float = 1.0,
-        class_weights: Tensor | None = None,
+        self, query_vit: PromptedViT, *, aux_loss_scale: float = 1.0, class_weights: Tensor | None = None
     ) -> None:
         super().__init__()
         self.query_vit = query_vit
         self.aux_loss_scale = aux_loss_scale
         self.register_buffer("class_weights", class_weights, persistent=False)
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        """Parameters that the optimizer updates."""
-        return [p for p in self.parameters() if p.requires_grad]
-
-    def _result(
-        self, terms: dict[str, Tensor], logits: Tensor, targets: Tensor, classes: ClassRange
-    ) -> StepResult:
-        """Add the terms up and count the answers that are right among ``classes``."""
+    def _result(self, terms: dict[str, Tensor], logits: Tensor, targets: Tensor, classes: ClassRange) -> StepResult:
+        """Add up the terms and count the answers that are right among ``classes``."""
         masked = logits.new_full(logits.shape, float("-inf"))
-        masked[:, classes.start : classes.stop] = logits.detach()[:, classes.start : classes.stop]
+        masked[:, slice(*classes)] = logits.detach()[:, slice(*classes)]
         return StepResult(
             loss=sum(terms.values()).reshape(1),
             terms={name: term.detach().reshape(1) for name, term in terms.items()},
@@ -91,13 +83,7 @@ class TeacherStep(Step):
         self.teacher = teacher
 
     def forward(self, images: Tensor, targets: Tensor, classes: ClassRange) -> StepResult:
-        """Losses of a batch, with the terms ``ce`` and ``prompt``.
-
-        Args:
-            images: [B, 3, H, W] in [0, 1].
-            targets: labels [B].
-            classes: columns that compete.
-        """
+        """Losses of a batch, with the terms ``ce`` and ``prompt``."""
         query, _ = make_query(self.query_vit, images)
         with torch.no_grad():
             tokens = self.teacher.vit.embed(images)
@@ -110,46 +96,27 @@ class TeacherStep(Step):
 
 
 class StudentStep(Step):
-    """The student's objective, with the frozen teacher inside (arXiv 2407.13911, section 4).
+    """The objective of student and distiller, with the frozen teacher inside (arXiv 2407.13911, section 4).
 
-    Args:
-        query_vit: the student's backbone.
-        student: trained.
-        distiller: trained with the student.
-        teacher: evaluated without gradient; None where the method needs none.
+    The teacher, None where the method needs none, computes no gradients and remains in evaluation mode.
     """
 
-    def __init__(
-        self,
-        query_vit: PromptedViT,
-        student: PromptedModel,
-        distiller: Distiller,
-        teacher: PromptedModel | None,
-        **options,
-    ) -> None:
-        super().__init__(query_vit, **options)
+    def __init__(self, student: PromptedModel, distiller: Distiller, teacher: PromptedModel | None, **options) -> None:
+        super().__init__(student.vit, **options)
         self.student = student
         self.distiller = distiller
         self.teacher = teacher
 
     def train(self, mode: bool = True) -> StudentStep:
-        """The teacher stays in evaluation mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
         return self
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        parts = (self.student, self.distiller)
-        return [p for part in parts for p in part.parameters() if p.requires_grad]
-
     def forward(self, images: Tensor, targets: Tensor, classes: ClassRange) -> StepResult:
-        """Losses of a batch; arguments as in :meth:`TeacherStep.forward`.
-
-        The terms are ``ce``, ``distill``, ``feature`` (where the method has them) and ``prompt``.
-        """
+        """Losses of a batch: ``ce``, ``prompt``, and where the method has them ``distill`` and ``feature``."""
         query, tokens = make_query(self.query_vit, images)
-        teacher = self._teach(images, query)
+        teacher = self._teach(images, query) if self.teacher is not None else None
         inputs = self.distiller.student_inputs()
         student = self.student(tokens, query, inputs, return_blocks=self.distiller.needs_blocks)
         predicted = self.distiller.predict(student)
@@ -159,12 +126,10 @@ class StudentStep(Step):
         terms["prompt"] = self.aux_loss_scale * student.prompt_loss
         return self._result(terms, predicted, targets, classes)
 
-    def _teach(self, images: Tensor, query: Tensor) -> ModelOutput | None:
-        if self.teacher is None:
-            return None
+    def _teach(self, images: Tensor, query: Tensor) -> ModelOutput:
         needs_blocks = self.distiller.needs_blocks
         # A loss can keep nothing for its gradient that was made in inference mode: logits are copied, all blocks'
-        # outputs would be too much. torch.compile fails on inference mode inside of compiled code.
+        # outputs would be too much. torch.compile fails on inference mode inside compiled code.
         if needs_blocks or torch.compiler.is_compiling():
             with torch.no_grad():
                 return self.teacher(self.teacher.vit.embed(images), query, return_blocks=needs_blocks)
@@ -174,24 +139,10 @@ class StudentStep(Step):
 
 
 class EvalStep(nn.Module):
-    """Correct predictions of teacher and student over all classes seen, from one query.
+    """Correct predictions of teacher (or None) and student over all classes seen, from one query."""
 
-    Args:
-        query_vit: the student's backbone.
-        student: in evaluation mode during the forward pass.
-        distiller: turns the student's output into its answer.
-        teacher: or None.
-    """
-
-    def __init__(
-        self,
-        query_vit: PromptedViT,
-        student: PromptedModel,
-        distiller: Distiller,
-        teacher: PromptedModel | None,
-    ) -> None:
+    def __init__(self, student: PromptedModel, distiller: Distiller, teacher: PromptedModel | None) -> None:
         super().__init__()
-        self.query_vit = query_vit
         self.student = student
         self.distiller = distiller
         self.teacher = teacher
@@ -200,7 +151,7 @@ class EvalStep(nn.Module):
     def forward(self, images: Tensor, targets: Tensor, seen: int) -> EvalResult:
         """Count correct top-1 answers among the first ``seen`` classes.
 
-        The caller enters inference mode, since torch.compile fails on it inside of compiled code.
+        The caller enters inference mode, since torch.compile fails on it inside compiled code.
         """
         logits = self.logits(images, seen)
         correct = {role: (x.argmax(1) == targets).sum().reshape(1) for role, x in logits.items()}
@@ -208,7 +159,7 @@ class EvalStep(nn.Module):
 
     def logits(self, images: Tensor, seen: int) -> dict[str, Tensor]:
         """Logits [B, seen] of ``student`` and, where there is one, ``teacher``."""
-        query, tokens = make_query(self.query_vit, images)
+        query, tokens = make_query(self.student.vit, images)
         output = self.student(tokens, query, self.distiller.student_inputs())
         result = {"student": self.distiller.predict(output)}
         if self.teacher is not None:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
 
 import yaml
 
@@ -52,7 +51,7 @@ def run(config: Config) -> int:
     if config.action != "train":
         return run_action(config) if is_main_process() else 0  # only training is shared out among processes
     code = run_repeats(config, train) if config.repeat > 1 else train(config)
-    if code != 1:  # else the other processes may not come along
+    if code != 1:  # otherwise the other processes may not get here
         leave_group()
     return code
 
@@ -79,12 +78,13 @@ def train(config: Config) -> int:
             stack.callback(objects.data.close)
             parallel.all_or_none(lambda: check_processes(config, objects))
             teachers = parallel.all_or_none(lambda: _begin(config, objects, folder, state) if folder else None)
-            progress = Progress(
-                None if folder and not config.no_progress else False, objects.num_tasks, roles=objects.learner.roles
-            )
+            bars = None if folder and not config.no_progress else False
+            progress = Progress(bars, objects.num_tasks, roles=objects.learner.roles)
             stack.callback(progress.close)
-            on_epoch = stack.enter_context(_tensorboard(config if folder else None))
-            trainer = Trainer(config, objects, folder, signals, progress, on_epoch=on_epoch, teachers=teachers)
+            tensorboard = None
+            if folder and config.tensorboard:
+                tensorboard = stack.enter_context(open_tensorboard(config.log_dir / "tensorboard"))
+            trainer = Trainer(config, objects, folder, signals, progress, tensorboard, teachers)
             signals.finish_steps()
             trainer.learn(parallel.broadcast(state))
             if folder:
@@ -104,7 +104,7 @@ def train(config: Config) -> int:
 
 
 def _finished(config: Config, folder: RunFolder) -> bool:
-    """Whether nothing is left to do, which the log then says; otherwise the log goes to a file from now on."""
+    """Whether nothing is left to do, which is then logged; otherwise the log goes to a file from now on."""
     if not is_finished(config):
         try:
             setup_logging(config.log_dir / LOG)
@@ -120,15 +120,14 @@ def _finished(config: Config, folder: RunFolder) -> bool:
 
 
 def _check_models(folder: RunFolder, tasks: int) -> None:
-    """Read the models of the first ``tasks`` tasks (raises RunFolderError where one is damaged or missing)."""
-    roles = folder.read_json(CLASSES)["backbone_sha256"]
-    for task in range(tasks):
-        for role in roles:
+    """Read the models of the first ``tasks`` tasks; a RunFolderError names one that is damaged or missing."""
+    for role in folder.read_json(CLASSES)["backbone_sha256"]:
+        for task in range(tasks):
             folder.read(model_file(role, task))
 
 
 def _begin(config: Config, objects: Run, folder: RunFolder, state: dict | None) -> TeacherCache | None:
-    """Write down what is trained on what, or compare it with what the run wrote down; find the teachers.
+    """Record what is trained on what, or compare it with what the run recorded; find the teachers.
 
     Raises:
         ConfigError: data or backbones are not those that the run, or that of the teachers, began with.
@@ -159,7 +158,7 @@ def _args_yaml(config: Config, objects: Run) -> str:
 
 
 def _log_start(config: Config, objects: Run) -> None:
-    """Settings, versions and hardware into the log; to the console only what a person looks for."""
+    """Log settings, versions and hardware; the console shows only what a person looks for."""
     _log.debug("Settings: %s", json.dumps(config.to_yaml_dict()))
     _log.debug("Environment: %s", json.dumps(environment()))
     for key in config.without_effect:
@@ -167,37 +166,13 @@ def _log_start(config: Config, objects: Run) -> None:
     for role, backbone in objects.backbones.items():
         _log.info("%s backbone: %s (sha256 %s)", role.capitalize(), backbone.tag, backbone.sha256)
     _log.info(
-        "%s: %d tasks, %d classes; %s + %s on %s; results in %s",
-        config.data.dataset,
-        objects.num_tasks,
-        objects.stream.num_classes,
-        config.learner_name,
-        config.distill.method,
-        objects.parallel.device,
-        config.log_dir,
+        f"{config.data.dataset}: {objects.num_tasks} tasks, {objects.stream.num_classes} classes; {config.learner_name}"
+        f" + {config.distill.method} on {objects.parallel.device}; results in {config.log_dir}"
     )
 
 
-@contextlib.contextmanager
-def _tensorboard(config: Config | None) -> Iterator[Callable[..., None]]:
-    """A function to call after each epoch, which writes TensorBoard files if they are wanted."""
-    if config is None or not config.tensorboard:
-        yield lambda *_: None
-        return
-    writer = open_tensorboard(config.log_dir / "tensorboard")
-
-    def on_epoch(role: str, task: int, epoch: int, means: dict[str, float]) -> None:
-        for name, value in means.items():
-            writer.add_scalar(f"{role}/{name}", value, task * config.optim.epochs + epoch)
-
-    try:
-        yield on_epoch
-    finally:
-        writer.close()
-
-
 def _advice(error: BaseException, config: Config) -> str | None:
-    """What helps against an error that the machine's limits caused; None for any other error."""
+    """Advice on an error that the machine's limits caused; None for any other error."""
     text = str(error)
     if "RANK" in os.environ and isinstance(error, RuntimeError) and lost_process(error):
         return (

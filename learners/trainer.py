@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -28,26 +28,16 @@ _log = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
-    """The next thing to do in a run.
-
-    Attributes:
-        task: from 0.
-        role: ``teacher``, ``student`` or :data:`EVALUATION`.
-        epoch: from 0.
-        step: number of steps of this epoch that are done.
-    """
+    """The next thing to do in a run; task, epoch and step count from 0."""
 
     task: int
-    role: str
+    role: str  # "teacher", "student" or EVALUATION
     epoch: int = 0
     step: int = 0
 
 
 class Trainer:
-    """Teach a learner all tasks of a stream.
-
-    A state is saved after every epoch. It holds the next position, the trained parts of both models, the optimizer
-    and all measurements.
+    """Teach a learner all tasks of a stream; a state is saved after every epoch.
 
     Args:
         config: settings of the run.
@@ -55,8 +45,8 @@ class Trainer:
         folder: its files; None on processes that do not write.
         signals: what the user asks for meanwhile.
         progress: shows where the run is.
-        on_epoch: called with role, task, epoch and means after each epoch (TensorBoard).
-        teachers: trained teachers of another run, taken where it has them.
+        tensorboard: a SummaryWriter for the means of each epoch, or None.
+        teachers: trained teachers of another run, taken where it has them; or None, as on processes that do not write.
     """
 
     def __init__(
@@ -66,9 +56,8 @@ class Trainer:
         folder: RunFolder | None,
         signals: Signals,
         progress: Progress,
-        *,
-        on_epoch: Callable[[str, int, int, Mapping[str, float]], None] = lambda *_: None,
-        teachers: TeacherCache | None = None,
+        tensorboard: Any,
+        teachers: TeacherCache | None,
     ) -> None:
         self.config = config
         self.run = run
@@ -76,7 +65,7 @@ class Trainer:
         self.folder = folder
         self.signals = signals
         self.progress = progress
-        self.on_epoch = on_epoch
+        self.tensorboard = tensorboard
         self.teachers = teachers
         self.history = History()
         self.roles = (*run.learner.roles, EVALUATION)
@@ -123,8 +112,7 @@ class Trainer:
         for role, tensors in state["models"].items():
             self.learner.load_state(role, tensors)
         if position.task < self.run.num_tasks:
-            trains = position.role != EVALUATION
-            place = f", epoch {position.epoch + 1}, step {position.step + 1}" if trains else ""
+            place = f", epoch {position.epoch + 1}, step {position.step + 1}" if position.role != EVALUATION else ""
             _log.info("Resuming at task %d, %s%s", position.task + 1, position.role, place)
         return position
 
@@ -135,10 +123,8 @@ class Trainer:
             raise TrainingError(f"task {task + 1} cannot begin: {error} The last good state is kept.") from error
 
     def _take_teacher(self, task: int) -> bool:
-        """Take the teacher from the run that has it; the history becomes what training it would have made of it."""
-        if self.config.teacher_from is None:
-            return False
-        found = self.parallel.broadcast(self.teachers.find(task) if self.folder is not None else None)
+        """Take the teacher, and the losses of its epochs, from the run of ``--teacher_from``, if it has them."""
+        found = self.parallel.broadcast(self.teachers.find(task) if self.teachers is not None else None)
         if found is None:
             return False
         self.learner.load_state("teacher", found.model)
@@ -150,16 +136,20 @@ class Trainer:
     def _train(self, start: Position, state: Mapping[str, Any] | None) -> Position:
         """Train one model from ``start`` (with the optimizer of ``state``) to its last epoch."""
         task, role, epochs = start.task, start.role, self.config.optim.epochs
-        stream = self.run.stream
-        weights = torch.from_numpy(stream.class_weights(task)) if self.config.data.class_weighting else None
-        training = self.learner.begin_training(role, self._active_classes(task), weights)
-        meter = LossMeter(self.parallel, check_gradient=not training.scaler.is_enabled())
+        stream, data = self.run.stream, self.config.data
+        classes = stream.classes(task)
+        if data.memory > 0:
+            classes = classes._replace(start=0)  # with replay, all classes seen compete in the losses
+        weights = torch.from_numpy(stream.class_weights(task)) if data.class_weighting else None
+        training = self.learner.begin_training(role, classes, weights)
         if state is not None and state["training"] is not None:
             training.load_state(state["training"])
-            meter.load_state(state["meter"] or {})
         self.progress.start_training(task, role, epochs, start.epoch)
         here = start
         while here.role == role:
+            meter = LossMeter(self.parallel, check_gradient=not training.scaler.is_enabled())
+            if state is not None and here == start:
+                meter.load_state(state["meter"] or {})
             following = here._replace(epoch=here.epoch + 1, step=0)
             last = following.epoch == epochs
             try:
@@ -170,7 +160,6 @@ class Trainer:
                     f"task {task + 1}, {role}, epoch {here.epoch + 1}, {error}: lower --lr, or use --precision fp32; "
                     "the last good state is kept"
                 ) from None
-            meter = LossMeter(self.parallel, check_gradient=not training.scaler.is_enabled())
         self.progress.end_training()
         return here
 
@@ -197,7 +186,9 @@ class Trainer:
         means = meter.means()
         self.history.add_epoch(here.role, here.task, here.epoch, means)
         self.history.add_time(here.task, here.role, time.monotonic() - started, meter.images - images_before)
-        self.on_epoch(here.role, here.task, here.epoch, means)
+        for name, value in means.items() if self.tensorboard else ():
+            epoch = here.task * self.config.optim.epochs + here.epoch
+            self.tensorboard.add_scalar(f"{here.role}/{name}", value, epoch)
 
     def _evaluate(self, here: Position) -> Position:
         """Measure both models on all tasks seen; write models and results, then the state that follows."""
@@ -206,25 +197,22 @@ class Trainer:
         self.history.add_evaluation(here.task, rows, usage, time.monotonic() - started)
         for role, row in rows.items():
             mean = sum(row) / len(row)
-            _log.info(
-                "After task %d/%d the %s's accuracy is %.2f %%", here.task + 1, self.run.num_tasks, role, mean
-            )
+            _log.info("After task %d/%d the %s's accuracy is %.2f %%", here.task + 1, self.run.num_tasks, role, mean)
         if self.folder is not None:
-            for role, tensors in _on_cpu(self._models()).items():
+            for role, tensors in self._models().items():
                 self.folder.write(model_file(role, here.task), to_bytes(tensors))
             write_results(self.folder, self.config, self.run, self.history)
         return self._save(self._after(here))
 
     def _models(self) -> dict[str, dict[str, Tensor]]:
-        return {role: self.learner.state(role) for role in self.learner.roles}
-
-    def _active_classes(self, task: int):
-        """Columns that compete in the losses: the task's classes, with replay all classes seen."""
-        classes = self.run.stream.classes(task)
-        return classes._replace(start=0) if self.config.data.memory > 0 else classes
+        """Trained parts by role, copied to the CPU; each has its own storage, on which the bytes of a file depend."""
+        return {
+            role: {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in self.learner.state(role).items()}
+            for role in self.learner.roles
+        }
 
     def _obey_signals(self, position: Position, training: TaskTraining | None = None, meter: LossMeter | None = None):
-        """Save when a signal asks for it, and stop when one asks for that."""
+        """Save if a signal asks for it, and stop if one asks for that."""
         asked = torch.tensor([self.signals.stop > 0, self.signals.save], dtype=torch.int32)
         if self.parallel.world_size > 1:
             asked = self.parallel.sum(asked.to(self.parallel.device)).cpu()
@@ -245,8 +233,8 @@ class Trainer:
         return position
 
     def _write_state(self, position: Position, training: TaskTraining | None, meter: LossMeter | None = None) -> None:
-        """Write a state while the next steps are already under way."""
-        models = _on_cpu(self._models())
+        """Write a state in the background, while the next steps run."""
+        models = self._models()
         for role, tensors in models.items():
             for name, tensor in tensors.items():
                 if not tensor.isfinite().all():
@@ -257,23 +245,14 @@ class Trainer:
             "position": list(position),
             "history": self.history.state(),
             "models": models,
-            "training": training.state() if training is not None else None,
-            "meter": meter.state() if meter is not None else None,
+            "training": training and training.state(),
+            "meter": meter and meter.state(),
         }
         data = to_bytes(state)
         self._wait_until_written()
         self._written = self._writer.submit(self.folder.save_state, data)
 
     def _wait_until_written(self) -> None:
-        """Wait for the last save (raises the RunFolderError that ended it)."""
+        """Wait for the last save; a RunFolderError that ended it is raised here."""
         if self._written is not None:
             self._written.result()
-            self._written = None
-
-
-def _on_cpu(models: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Copies with a storage of their own, as the bytes of a file depend on the storage."""
-    return {
-        role: {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        for role, tensors in models.items()
-    }

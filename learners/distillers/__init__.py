@@ -14,55 +14,47 @@ from utils.registry import Entry, Registry
 
 
 class ModelPair(NamedTuple):
-    """The two models and ``--kd_prompt_param``, which a KD method may demand something of; unknown sizes are None."""
+    """The two models and ``--kd_prompt_param``, which a KD method may restrict; unknown sizes are None."""
 
     teacher: ViTSize | None
     student: ViTSize | None
     kd_prompt_param: tuple[int, int]
 
 
-Requirement = Callable[[ModelPair], "str | None"]
-"""Returns a sentence about the part of a pair that the method cannot work with, or None."""
-
-
 def equal_token_counts(pair: ModelPair) -> str | None:
     """The features of teacher and student are compared token by token."""
-    if pair.teacher is None or pair.student is None:
-        return None
-    teacher, student = pair.teacher.num_tokens, pair.student.num_tokens
-    if teacher == student:
+    teacher, student = pair.teacher, pair.student
+    if teacher is None or student is None or teacher.num_tokens == student.num_tokens:
         return None
     return (
-        f"teacher and student must have equally many tokens, but have {teacher} (--t_model) and {student}"
-        " (--s_model): choose models of the same image and patch size, or another KD method"
+        f"teacher and student must have equally many tokens, but have {teacher.num_tokens} (--t_model) and"
+        f" {student.num_tokens} (--s_model): choose models of the same image and patch size, or another KD method"
     )
 
 
 def teacher_at_least_as_deep(pair: ModelPair) -> str | None:
     """Every block of the student is paired with one of the teacher's last blocks."""
-    if pair.teacher is None or pair.student is None:
-        return None
-    teacher, student = pair.teacher.depth, pair.student.depth
-    if teacher >= student:
+    teacher, student = pair.teacher, pair.student
+    if teacher is None or student is None or teacher.depth >= student.depth:
         return None
     return (
-        f"the teacher must have at least as many blocks as the student, but has {teacher} (--t_model) against"
-        f" {student} (--s_model): choose a deeper teacher or another KD method"
+        f"the teacher must have at least as many blocks as the student, but has {teacher.depth} (--t_model) against"
+        f" {student.depth} (--s_model): choose a deeper teacher or another KD method"
     )
 
 
 def kd_prompt_fits(pair: ModelPair) -> str | None:
-    """KD prompts sit on blocks of the student; one half of each is keys, the other values."""
-    layers, length = pair.kd_prompt_param
-    if pair.student is not None and layers > pair.student.depth:
+    """KD prompts belong to blocks of the student; one half of each is keys, the other values."""
+    (layers, length), student = pair.kd_prompt_param, pair.student
+    if student is not None and layers > student.depth:
         return (
-            f"--kd_prompt_param: the first value (layers) must be 1 to {pair.student.depth}, the number of"
-            f" blocks of --s_model, not {layers}"
+            f"--kd_prompt_param: the first value (layers) must be 1 to {student.depth}, the number of blocks of"
+            f" --s_model, not {layers}"
         )
-    if length < 2 or length % 2:
+    if length % 2:
         return (
-            "--kd_prompt_param: the second value (length) must be even and at least 2 (one half keys, one"
-            f" half values), not {length}; the paper's is 6"
+            "--kd_prompt_param: the second value (length) must be even (one half keys, one half values), not"
+            f" {length}; the paper's is 6"
         )
     return None
 
@@ -72,11 +64,11 @@ class DistillerEntry(Entry):
     """One line of the DISTILLERS table.
 
     Attributes:
-        requires: what must hold of the two models and of ``--kd_prompt_param``.
-        needs_teacher: False for a method that trains the student alone, without a teacher.
+        requires: what must hold of the models and of ``--kd_prompt_param``; each returns a sentence if it does not.
+        needs_teacher: False for a method that trains the student alone.
     """
 
-    requires: tuple[Requirement, ...] = ()
+    requires: tuple[Callable[[ModelPair], str | None], ...] = ()
     needs_teacher: bool = True
 
     def problems(self, pair: ModelPair) -> list[str]:

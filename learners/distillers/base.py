@@ -31,11 +31,7 @@ class Distiller(nn.Module):
 
     Attributes:
         needs_blocks: whether :meth:`feature` reads the outputs of both models' blocks.
-        needs_teacher: whether there is a teacher at all.
-
-    Args:
-        config: the method's parameters.
-        dims: sizes of both models.
+        needs_teacher: whether there is a teacher at all; without one, the objective is CE alone.
     """
 
     needs_blocks: ClassVar[bool] = False
@@ -62,28 +58,25 @@ class Distiller(nn.Module):
 
         Args:
             student: the student's output for the batch.
-            teacher: the teacher's for the same images, without gradient.
+            teacher: the teacher's for the same images, without gradient; None where there is no teacher.
             targets: labels [B].
-            classes: columns that compete: those of the current task.
-            class_weights: a weight for each of the C classes, or None.
+            classes: columns that compete.
+            class_weights: a weight for each class [C], or None.
         """
         ce = task_cross_entropy(student.logits, targets, classes, class_weights)
+        if not self.needs_teacher:
+            return {"ce": ce}
         terms = {"ce": (1 - self.alpha) * ce, "distill": self.distill(student, teacher, targets, classes)}
         if self.needs_blocks:
             terms["feature"] = self.feature(student, teacher)
         return terms
 
-    def distill(
-        self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, classes: ClassRange
-    ) -> Tensor:
+    def distill(self, student: ModelOutput, teacher: ModelOutput, targets: Tensor, classes: ClassRange) -> Tensor:
         """The distillation term with its weight alpha; by default Hinton's on the class head."""
-        return self.alpha * kd_loss(
-            student.logits[:, classes.start : classes.stop],
-            teacher.logits[:, classes.start : classes.stop],
-            temperature=self.temperature,
-        )
+        active = slice(*classes)
+        return self.alpha * kd_loss(student.logits[:, active], teacher.logits[:, active], temperature=self.temperature)
 
-    def feature(self, student: ModelOutput, teacher: ModelOutput | None) -> Tensor:
+    def feature(self, student: ModelOutput, teacher: ModelOutput) -> Tensor:
         """The loss between features, with its weight."""
         raise NotImplementedError
 
@@ -100,24 +93,20 @@ def task_cross_entropy(
     Args:
         logits: [B, C].
         targets: labels [B], all within ``classes``.
-        classes: competing columns.
-        class_weights: a weight for each class [C]; the mean stays over the batch.
+        classes: columns that compete.
+        class_weights: a weight for each class [C]; the mean is still taken over the batch.
     """
-    losses = F.cross_entropy(
-        full_precision(logits[:, classes.start : classes.stop]), targets - classes.start, reduction="none"
-    )
+    competing = full_precision(logits[:, slice(*classes)])
+    losses = F.cross_entropy(competing, targets - classes.start, reduction="none")
     if class_weights is not None:
         losses = losses * class_weights[targets]
     return losses.mean()
 
 
 def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """``tau^2 * KL(softmax(teacher / tau) || softmax(student / tau))``, batch mean (Hinton et al. 2015, eq. 1).
+    """``tau^2 * KL(softmax(teacher / tau) || softmax(student / tau))`` (Hinton et al. 2015, eq. 1).
 
-    Args:
-        student: logits [B, K].
-        teacher: logits [B, K].
-        temperature: tau.
+    Logits are [B, K]; the mean is over the batch.
     """
     student_log = F.log_softmax(full_precision(student) / temperature, dim=1)
     teacher_log = F.log_softmax(full_precision(teacher) / temperature, dim=1)

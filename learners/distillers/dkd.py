@@ -10,49 +10,33 @@ from dataloaders.tasks import ClassRange
 from learners.distillers.base import Distiller, full_precision
 from models.prompted_model import ModelOutput
 
-TARGET_WEIGHT = 1.0
-NON_TARGET_WEIGHT = 4.0
-TEMPERATURE = 4.0  # the method's own; --Soft_T does not apply
-_HIDE_TARGET = 1000.0
-
 
 class DKD(Distiller):
-    """``alpha * (1 * TCKD + 4 * NCKD)`` at temperature 4 on the current task's columns."""
+    """``alpha * (1 * TCKD + 4 * NCKD)`` on the current task's columns, at temperature 4: --Soft_T does not apply."""
 
-    def distill(
-        self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, classes: ClassRange
-    ) -> Tensor:
-        return self.alpha * dkd_loss(
-            student.logits[:, classes.start : classes.stop],
-            teacher.logits[:, classes.start : classes.stop],
-            targets - classes.start,
-            alpha=TARGET_WEIGHT,
-            beta=NON_TARGET_WEIGHT,
-            temperature=TEMPERATURE,
-        )
+    def distill(self, student: ModelOutput, teacher: ModelOutput, targets: Tensor, classes: ClassRange) -> Tensor:
+        active = slice(*classes)
+        return self.alpha * dkd_loss(student.logits[:, active], teacher.logits[:, active], targets - classes.start)
 
 
 def dkd_loss(
-    student: Tensor, teacher: Tensor, target: Tensor, *, alpha: float, beta: float, temperature: float
+    student: Tensor, teacher: Tensor, target: Tensor, *, alpha: float = 1.0, beta: float = 4.0, temperature: float = 4.0
 ) -> Tensor:
     """``alpha * TCKD + beta * NCKD`` (arXiv 2203.08679, eq. 7), each summed and divided by B.
 
     Args:
-        student: logits [B, K].
-        teacher: logits [B, K].
+        student, teacher: logits [B, K].
         target: labels [B] in [0, K).
-        alpha: weight of the target part.
-        beta: weight of the non-target part.
+        alpha, beta: weights of the target and the non-target part.
         temperature: tau; both parts are scaled by tau^2.
     """
     student, teacher = full_precision(student) / temperature, full_precision(teacher) / temperature
     if student.shape[1] < 2:
         return student.sum() * 0  # a single class has no others to tell apart
-    scale = temperature**2
     tckd = _kl(_two_way_log(student, target), _two_way_log(teacher, target))
-    hide = F.one_hot(target, student.shape[1]) * _HIDE_TARGET
+    hide = F.one_hot(target, student.shape[1]) * 1000.0  # leaves the target no probability
     nckd = _kl(F.log_softmax(student - hide, dim=1), F.log_softmax(teacher - hide, dim=1))
-    return scale * (alpha * tckd + beta * nckd)
+    return temperature**2 * (alpha * tckd + beta * nckd)
 
 
 def _two_way_log(logits: Tensor, target: Tensor) -> Tensor:

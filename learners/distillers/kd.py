@@ -4,4 +4,4 @@ from learners.distillers.base import Distiller
 
 
 class KD(Distiller):
-    """``alpha * tau^2 * KL`` between the current task's logits of both class heads: the base as it stands."""
+    """``alpha * tau^2 * KL`` between the current task's logits of both class heads: the base as it is."""

@@ -15,12 +15,8 @@ from utils.config import DistillConfig
 class KDPrompt(nn.Module):
     """The KD token ``kd_p_0`` [1, Ds] and KD prompts ``kd_p_l`` [length, Ds] of blocks 1 to layers - 1.
 
-    They belong to distillation alone: all tasks share them and nothing resets them.
-
-    Args:
-        layers: number of blocks with a KD token or prompt; 1 is DeiT's distillation token alone.
-        length: length of a KD prompt, split evenly in keys and values.
-        width: Ds.
+    They belong to distillation alone: all tasks share them and nothing resets them. With one layer there is only
+    DeiT's distillation token. ``length`` is split evenly into keys and values.
     """
 
     def __init__(self, layers: int, length: int, width: int) -> None:
@@ -48,14 +44,9 @@ class KDToken(Distiller):
     def student_inputs(self) -> StudentInputs:
         return StudentInputs(self.kd_prompt.suffixes(self.depth), self.kd_prompt.kd_p_0)
 
-    def distill(
-        self, student: ModelOutput, teacher: ModelOutput | None, targets: Tensor, classes: ClassRange
-    ) -> Tensor:
-        return self.alpha * kd_loss(
-            self._kd_logits(student)[:, classes.start : classes.stop],
-            teacher.logits[:, classes.start : classes.stop],
-            temperature=self.temperature,
-        )
+    def distill(self, student: ModelOutput, teacher: ModelOutput, targets: Tensor, classes: ClassRange) -> Tensor:
+        kd_logits, active = self._kd_logits(student), slice(*classes)
+        return self.alpha * kd_loss(kd_logits[:, active], teacher.logits[:, active], temperature=self.temperature)
 
     def predict(self, student: ModelOutput) -> Tensor:
         return (1 - self.alpha) * student.logits + self.alpha * self._kd_logits(student)

@@ -16,12 +16,8 @@ FEATURE_WEIGHT = 0.2
 class Fusion(nn.Module):
     """Attention-based fusion of one block's tokens with those of the next deeper one (arXiv 2104.09044, fig. 3).
 
-    Names of the parts are the original's. ``norm2`` of the deepest fusion is never used there either.
-
-    Args:
-        student_dim: Ds.
-        teacher_dim: Dt.
-        deepest: the first in the chain, which has nothing to fuse with.
+    The deepest, first in the chain, has nothing to fuse with. Names of the parts are the original's, which does not
+    use the deepest one's ``norm2`` either.
     """
 
     def __init__(self, student_dim: int, teacher_dim: int, *, deepest: bool) -> None:
@@ -50,13 +46,11 @@ class FusionChain(nn.Module):
 
     def __init__(self, student_dim: int, teacher_dim: int, depth: int) -> None:
         super().__init__()
-        fusions = [Fusion(student_dim, teacher_dim, deepest=index == 0) for index in range(depth)]
-        self.abfs = nn.ModuleList(fusions)
+        self.abfs = nn.ModuleList(Fusion(student_dim, teacher_dim, deepest=index == 0) for index in range(depth))
 
     def forward(self, blocks: tuple[Tensor, ...]) -> list[Tensor]:
         """Features to compare with the teacher's, in the order of the blocks (shallow first)."""
-        features: list[Tensor] = []
-        handed_on = None
+        features, handed_on = [], None
         for fusion, tokens in zip(self.abfs, reversed(blocks), strict=True):
             feature, handed_on = fusion(tokens, handed_on)
             features.append(feature)
@@ -72,9 +66,8 @@ class ReviewKD(Distiller):
         super().__init__(config, dims)
         self.ReviewKD_layers = FusionChain(dims.student_dim, dims.teacher_dim, dims.student_depth)
 
-    def feature(self, student: ModelOutput, teacher: ModelOutput | None) -> Tensor:
+    def feature(self, student: ModelOutput, teacher: ModelOutput) -> Tensor:
         fused = self.ReviewKD_layers(student.blocks)
-        targets = teacher.blocks[-len(fused) :]
-        pairs = zip(fused, targets, strict=True)
+        pairs = zip(fused, teacher.blocks[-len(fused) :], strict=True)
         losses = [F.mse_loss(full_precision(f), full_precision(t)) for f, t in pairs]
         return FEATURE_WEIGHT * torch.stack(losses).mean()
