@@ -25,9 +25,9 @@ from utils.registry import nearest
 class ConfigError(ValueError):
     """A configuration that cannot be run; ``problems`` has a sentence for each mistake, which names the way out."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
 
 
 class Type(NamedTuple):

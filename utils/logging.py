@@ -131,14 +131,9 @@ def peak_memory_mb() -> dict[str, float]:
 
 
 def open_tensorboard(log_dir: Path) -> Any:
-    """A TensorBoard SummaryWriter for ``log_dir``; a ValueError where the package is missing says how to get it."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            "--tensorboard needs the package tensorboard, which is not installed: run `pip install tensorboard` "
-            "or leave the flag out"
-        ) from error
+    """A TensorBoard SummaryWriter for ``log_dir``."""
+    from torch.utils.tensorboard import SummaryWriter  # a package that few installations have
+
     return SummaryWriter(str(log_dir))
 
 
@@ -180,15 +175,14 @@ class Progress:
 
     def start_epoch(self, epoch: int, steps: int) -> None:
         """Begin epoch ``epoch`` (from 0) of ``steps`` batches."""
-        self._epoch, self._step, self._steps = epoch, 0, steps
-        self._epoch_speed = _Speed()
+        self._epoch, self._step, self._steps, self._epoch_speed = epoch, 0, steps, _Speed()
         self._draw()
 
     def step(self, images: int) -> None:
         """Count one batch of ``images`` images; costs next to nothing and never waits for the device."""
         self._step += 1
-        self._epoch_speed.images += images
-        self._training_speed.images += images
+        for speed in (self._epoch_speed, self._training_speed):
+            speed.images += images
         if self._bars:
             self._bars[-1].update()
 
