@@ -278,8 +278,7 @@ def write_atomic(path: Path, data: bytes, *, previous: Path | None = None) -> No
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def to_bytes(state: Any) -> bytes:

@@ -124,17 +124,13 @@ def choice(*names: str) -> Type:
     return Type(" | ".join(names), "NAME", lambda item: item if item in names else None)
 
 
-def switch(*, alone: bool | None = True) -> Type:
-    """On or off; the flag without a value means ``alone``."""
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    return Type("0 or 1", "0|1", lambda item: words.get(str(item).lower()), alone=alone)
-
-
 def many(item: Type, allowed: str, holds: Callable[[tuple], bool]) -> Type:
     """A list of values of which each is an ``item``; ``allowed`` says in words what ``holds`` demands."""
     return Type(allowed.format(item.allowed), item.metavar, item.parse, True, holds)
 
 
+_WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+SWITCH = Type("0 or 1", "0|1", lambda item: _WORDS.get(str(item).lower()), alone=True)
 FRACTION = real("a number from 0 to 1", lambda number: 0 <= number <= 1)
 POSITIVE = real("a number above 0", lambda number: number > 0)
 NOT_NEGATIVE = real("a number of at least 0", lambda number: number >= 0)
@@ -146,9 +142,6 @@ EPOCHS = many(whole(1), SEVERAL + ", increasing", lambda values: [*values] == so
 GPUS = many(whole(0, special=-1), SEVERAL + ", no two equal", lambda values: len(set(values)) == len(values))
 PAIR = many(whole(1), TWO, lambda values: len(values) == 2)
 RANGE = many(SHARE, TWO + ", the smaller first", lambda values: len(values) == 2 and values[0] <= values[1])
-
-
-# -------------------------------------------------------------------------------------------------- options
 
 
 class Option(NamedTuple):
@@ -228,12 +221,12 @@ class DataConfig:
         None, whole(1), DATA, "classes of every other task", paper="10 (CIFAR-100), 20 (ImageNet-R)")
     class_order: str = option(
         "natural", choice("natural", "shuffled"), DATA, "order in which classes come", paper="natural")
-    validation: bool = option(False, switch(), DATA, "test on a seeded fifth of the training set", paper="0")
-    upper_bound: bool = option(False, switch(), DATA, "one task with all classes", key="upper_bound_flag", paper="0")
+    validation: bool = option(False, SWITCH, DATA, "test on a seeded fifth of the training set", paper="0")
+    upper_bound: bool = option(False, SWITCH, DATA, "one task with all classes", key="upper_bound_flag", paper="0")
     memory: int = option(0, whole(0), DATA, "number of past images kept for replay", paper="0")
     class_weighting: bool = option(
-        False, switch(), DATA, "weight classes by their number of images when replaying", key="DW", paper="0")
-    train_aug: bool = option(True, switch(), DATA, "random crops and flips in training", paper="1")
+        False, SWITCH, DATA, "weight classes by their number of images when replaying", key="DW", paper="0")
+    train_aug: bool = option(True, SWITCH, DATA, "random crops and flips in training", paper="1")
     crop_scale: tuple[float, float] = option(
         (0.08, 1.0), RANGE, DATA, "share of the image that a random crop covers", paper="0.08 1.0")
     batch_size: int = option(
@@ -269,7 +262,7 @@ class Config:
     config: Path | None = flag(None, path("a YAML file"), RUN, "YAML file with any of these settings")
     log_dir: Path | None = neutral(None, path("a folder"), RUN, "folder of the run's results; needed for training")
     overwrite: bool = neutral(
-        False, switch(alone=None), RUN, "0 resumes what log_dir holds, 1 moves it aside and starts over")
+        False, SWITCH._replace(alone=None), RUN, "0 resumes what log_dir holds, 1 moves it aside and starts over")
     seed: int = option(1, whole(0, maximum=2**32 - 1), RUN, "seed of all random numbers", key="random_s")
     repeat: int = neutral(1, whole(1), RUN, "run this many seeds, each in its folder log_dir/seed-<s>")
     max_task: int = option(-1, whole(1, special=-1), RUN, "stop after this many tasks; -1 runs all", paper="-1")
@@ -301,7 +294,7 @@ class Config:
         None, path("a folder"), MODELS, "folder with T_class.pth and S_class.pth to start from")
 
     data: DataConfig = DataConfig()
-    rand_split: bool = neutral(False, switch(), DATA, IGNORED)
+    rand_split: bool = neutral(False, SWITCH, DATA, IGNORED)
     model_type: str | None = neutral(None, text(), DATA, IGNORED)
     model_name: str | None = neutral(None, text(), DATA, IGNORED)
     optim: OptimConfig = OptimConfig()
@@ -312,19 +305,19 @@ class Config:
         None, choice("cpu", "cuda", "mps"), DEVICES, "kind of device, instead of --gpuid; default: what --gpuid says")
     precision: str = option(
         "fp32", choice("fp32", "tf32", "bf16", "fp16"), DEVICES, "arithmetic of the backbones", paper="fp32")
-    compile: bool = neutral(False, switch(), DEVICES, "use torch.compile")
+    compile: bool = neutral(False, SWITCH, DEVICES, "use torch.compile")
     accumulate: int = neutral(1, whole(1), DEVICES, "split each batch into this many parts, to save memory")
 
-    no_progress: bool = neutral(False, switch(), LOGGING, "plain lines instead of progress bars")
-    tensorboard: bool = neutral(False, switch(), LOGGING, "also write TensorBoard files")
+    no_progress: bool = neutral(False, SWITCH, LOGGING, "plain lines instead of progress bars")
+    tensorboard: bool = neutral(False, SWITCH, LOGGING, "also write TensorBoard files")
     log_interval: int = neutral(10, whole(1), LOGGING, "steps between two readings of the losses")
 
     export: Path | None = flag(
         None, path("a file .safetensors or .pt2"), USE, "write the trained student of --log_dir to this file")
     predict: tuple[Path, ...] = flag(
         (), path("one image or more", many=True), USE, "name what these images show, with the student of --log_dir")
-    check_data: bool = flag(False, switch(), USE, "only check every image of the data set")
-    eval_only: bool = flag(False, switch(), USE, "only evaluate the saved models of --log_dir again")
+    check_data: bool = flag(False, SWITCH, USE, "only check every image of the data set")
+    eval_only: bool = flag(False, SWITCH, USE, "only evaluate the saved models of --log_dir again")
     top: int = flag(5, whole(1), USE, "how many classes --predict names")
 
     @property
@@ -392,9 +385,6 @@ def make_config(values: dict[str, Any]) -> Config:
     config = Config(**sections.pop(""))
     parts = {name: dataclasses.replace(getattr(config, name), **own) for name, own in sections.items()}
     return dataclasses.replace(config, **parts)
-
-
-# -------------------------------------------------------------------------------------------------- reading
 
 
 class Parsed(NamedTuple):
@@ -560,10 +550,9 @@ def argument_parser(epilog: str = "", *, for_help: bool = False) -> argparse.Arg
     )
     if for_help:
         parser.add_argument("-h", "--help", action="help", help="print this page")
-    groups: dict[str, Any] = {}
+    names = dict.fromkeys(each.group for each in OPTIONS.values())
+    groups = {name: parser.add_argument_group(name) for name in names}
     for each in OPTIONS.values():
-        if each.group not in groups:
-            groups[each.group] = parser.add_argument_group(each.group)
         nargs = "*" if not for_help else "+" if each.type.many else "?" if each.type.alone is not None else None
         text = _help_text(each).replace("%", "%%")
         groups[each.group].add_argument(f"--{each.key}", nargs=nargs, metavar=each.type.metavar, help=text)

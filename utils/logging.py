@@ -20,7 +20,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-PROJECT = Path(__file__).resolve().parent.parent
 QUIET_SECONDS = 60.0  # without bars, how often the console says where the run is
 _PACKAGES = ("__main__", "run", "learners", "models", "dataloaders", "utils")
 _VERSIONS = ("torch", "torchvision", "timm", "numpy")
@@ -94,7 +93,7 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _VERSIONS}}
-    return {"versions": versions, "git_commit": _git_commit(PROJECT), "hardware": hardware}
+    return {"versions": versions, "git_commit": _git_commit(Path(__file__).resolve().parents[1]), "hardware": hardware}
 
 
 def _git_commit(folder: Path) -> str | None:
@@ -181,8 +180,8 @@ class Progress:
     def step(self, images: int) -> None:
         """Count one batch of ``images`` images; costs next to nothing and never waits for the device."""
         self._step += 1
-        for speed in (self._epoch_speed, self._training_speed):
-            speed.images += images
+        self._epoch_speed.images += images
+        self._training_speed.images += images
         if self._bars:
             self._bars[-1].update()
 

@@ -158,8 +158,7 @@ def _curves(title: str, curves: Curves, limits: tuple[float, float], tasks: int)
 def _heat_map(axes: Axes, rows: Sequence[Sequence[float]], size: tuple[int, int], **options: Any) -> Any:
     """Rows from the top, padded to ``size`` (rows, columns) with empty cells; both axes count from 1."""
     height, width = size
-    full = [[*row, *[math.nan] * (width - len(row))] for row in rows]
-    full += [[math.nan] * width] * (height - len(rows))
+    full = [[*row, *[math.nan] * (width - len(row))] for row in (*rows, *[()] * (height - len(rows)))]
     axes.grid(False)
     return axes.imshow(full, extent=(0.5, width + 0.5, height + 0.5, 0.5), **options)
 
