@@ -60,11 +60,10 @@ class RunFolder:
         try:
             data = path.read_bytes()
             if path.suffix == ".pth" and zipfile.ZipFile(io.BytesIO(data)).testzip() is not None:
-                raise zipfile.BadZipFile("a checksum in it is wrong")
-        except OSError as error:
-            raise RunFolderError(f"{path} cannot be read ({error.strerror})") from error
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
-            raise RunFolderError(f"{path} is damaged ({error})") from error
+                raise ValueError("a checksum in it is wrong")
+        except Exception as error:  # a damaged archive can raise anything
+            what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else f"is damaged ({error})"
+            raise RunFolderError(f"{path} {what}") from error
         return data
 
     def read_json(self, name: str) -> dict[str, Any]:
