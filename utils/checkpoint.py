@@ -170,7 +170,7 @@ def _locked(root: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                raise FileNotFoundError(f"its holder has just removed {path}")
+                raise FileNotFoundError(path)  # its holder has removed it in between
         except (BlockingIOError, PermissionError, FileNotFoundError) as error:
             owner = file.read() or "another process"
             way_out = "wait for it, stop it, or choose another log_dir"
@@ -215,7 +215,7 @@ def check_settings(config: Config, *, resume: bool = True) -> None:
     if changed:
         way_out = f"leave the flags that change them, or --config, out; its {ARGS} has all settings"
         if resume:
-            way_out = "choose another log_dir, give the old settings, or start over with --overwrite 1"
+            way_out = "choose another log_dir, give the old settings, or --overwrite 1, which moves the old folder aside"
         changes = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
         raise ConfigError(f"--log_dir {config.log_dir} holds a run with other settings ({changes}): {way_out}")
 

@@ -35,7 +35,7 @@ class Type(NamedTuple):
 
     Attributes:
         allowed: the values in words, for ``--help`` and after "must be" in messages.
-        metavar: stands for a value in ``--help``.
+        metavar: placeholder of a value in ``--help``.
         parse: turns one word of the command line or one YAML scalar into a value, None if it is not allowed.
         many: whether the option takes a list of values rather than exactly one.
         holds: whether a list is allowed, given that each of its values is.
@@ -104,8 +104,8 @@ def whole(minimum: int = 0, *, special: int | None = None, maximum: int = 2**31 
     return Type(f"{prefix}a whole number of at least {minimum}", "N", parse)
 
 
-def text(allowed: str = "a name", metavar: str = "NAME", convert: Callable[[str], Any] = str, many=False) -> Type:
-    """Any text that is not empty. Longer or with control characters it is no name, but would spoil messages."""
+def text(allowed: str = "a name", metavar: str = "NAME", convert: Callable = str, many: bool = False) -> Type:
+    """Any text of 1 to 1000 characters without control characters, which would spoil messages."""
 
     def parse(item: object) -> Any:
         word = str(item) if isinstance(item, (str, int, float)) and not isinstance(item, bool) else ""
@@ -197,8 +197,8 @@ class DistillConfig:
     """The KD method and its parameters."""
 
     method: str = option(
-        "KD", text("a KD method"), METHOD, "how the student learns", key="KD_method",
-        paper="KDP, beside each other one")
+        "KD", text("a KD method"), METHOD, "how the student learns from the teacher", key="KD_method",
+        paper="each of them")
     prompt_param: tuple[int, int] = option(
         (12, 6), PAIR, METHOD, "KD_Token: number of student blocks and length (even) of the KD prompts",
         key="kd_prompt_param", paper="12 6")
@@ -213,14 +213,12 @@ class DataConfig:
 
     dataset: str | None = option(None, text("a data set"), DATA, "data set", paper="CIFAR100, ImageNet_R")
     dataroot: Path = neutral(Path("data"), path("a folder"), DATA, "folder of the data sets (not used by Emoji_R)")
-    data_url: str | None = neutral(
-        None, text("a URL"), DATA, "another place to download the data set from; default: its own")
+    data_url: str | None = neutral(None, text("a URL"), DATA, "URL to download the data set from; default: its own")
     first_split_size: int | None = option(
         None, whole(1), DATA, "classes of the first task", paper="10 (CIFAR-100), 20 (ImageNet-R)")
     other_split_size: int | None = option(
         None, whole(1), DATA, "classes of every other task", paper="10 (CIFAR-100), 20 (ImageNet-R)")
-    class_order: str = option(
-        "natural", choice("natural", "shuffled"), DATA, "order in which classes come", paper="natural")
+    class_order: str = option("natural", choice("natural", "shuffled"), DATA, "order of the classes", paper="natural")
     validation: bool = option(False, SWITCH, DATA, "test on a seeded fifth of the training set", paper="0")
     upper_bound: bool = option(False, SWITCH, DATA, "one task with all classes", key="upper_bound_flag", paper="0")
     memory: int = option(0, whole(0), DATA, "number of past images kept for replay", paper="0")
@@ -228,7 +226,7 @@ class DataConfig:
         False, SWITCH, DATA, "weight classes by their number of images when replaying", key="DW", paper="0")
     train_aug: bool = option(True, SWITCH, DATA, "random crops and flips in training", paper="1")
     crop_scale: tuple[float, float] = option(
-        (0.08, 1.0), RANGE, DATA, "share of the image that a random crop covers", paper="0.08 1.0")
+        (0.08, 1.0), RANGE, DATA, "share of the image's area that a random crop covers", paper="0.08 1.0")
     batch_size: int = option(
         64, whole(1), TRAINING, "images per step, over all devices", paper="64; 32 with ViT-Large teachers")
     workers: int = neutral(4, whole(0), DATA, "processes that load data; 0 loads in the main one")
@@ -241,8 +239,7 @@ class OptimConfig:
     schedule: tuple[int, ...] | None = option(
         None, EPOCHS, TRAINING, "epochs per task and model (the last number; the others are steps of decay)",
         paper="20 (CIFAR-100), 35 (ImageNet-R)")
-    schedule_type: str = option(
-        "cosine", choice("cosine", "decay"), TRAINING, "course of the learning rate", paper="cosine")
+    schedule_type: str = option("cosine", choice("cosine", "decay"), TRAINING, "learning-rate schedule", paper="cosine")
     optimizer: str = option(
         "Adam", choice("Adam", "amsgrad", "SGD", "RMSprop", "Rprop"), TRAINING, "optimizer", paper="Adam")
     lr: float = option(1e-3, POSITIVE, TRAINING, "learning rate", paper="0.001")
@@ -511,10 +508,10 @@ def load_yaml(file: Path) -> dict[Any, Any]:
 
 
 def _missing_problems(parsed: Parsed, file: Path | None) -> list[str]:
-    """Settings without which the action cannot start; ``file`` is the YAML file that was read."""
+    """Missing settings, without which the action cannot start; ``file`` is the YAML file that was read."""
     config, invalid = parsed.config(), parsed.invalid_keys
     if invalid & {"check_data", *_ON_A_RUN}:
-        return []  # nobody knows what is to be done, nor what that needs
+        return []  # which settings it needs depends on what is to be done
     needed = ["dataset", "first_split_size", "other_split_size"]
     needed += [] if config.action == "check_data" else ["schedule"]
     missing = [key for key in needed if OPTIONS[key].value(config) is None and key not in invalid]
