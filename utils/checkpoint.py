@@ -215,7 +215,7 @@ def check_settings(config: Config, *, resume: bool = True) -> None:
     if changed:
         way_out = f"leave the flags that change them, or --config, out; its {ARGS} has all settings"
         if resume:
-            way_out = "choose another log_dir, give the old settings, or --overwrite 1, which moves the old folder aside"
+            way_out = "choose another log_dir, give the old settings, or --overwrite 1, which moves the folder aside"
         changes = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
         raise ConfigError(f"--log_dir {config.log_dir} holds a run with other settings ({changes}): {way_out}")
 
