@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, load_yaml
 
 ARGS, CLASSES, LOG, LOCK = "args.yaml", "classes.json", "output.log", ".lock"
 STATE, PREVIOUS_STATE = "state/newest.pth", "state/previous.pth"
@@ -36,11 +36,7 @@ class RunFolderError(RuntimeError):
 
 
 class RunFolder:
-    """The files of one run.
-
-    Args:
-        root: the run's ``--log_dir``.
-    """
+    """The files of one run; ``root`` is its ``--log_dir``."""
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
@@ -64,45 +60,32 @@ class RunFolder:
         try:
             data = path.read_bytes()
             if path.suffix == ".pth" and zipfile.ZipFile(io.BytesIO(data)).testzip() is not None:
-                raise zipfile.BadZipFile("a checksum in it is wrong")
-        except OSError as error:
-            raise RunFolderError(f"{path} cannot be read ({error.strerror})") from error
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
-            raise RunFolderError(f"{path} is damaged ({error})") from error
+                raise ValueError("a checksum in it is wrong")
+        except Exception as error:  # a damaged archive can raise anything
+            what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else f"is damaged ({error})"
+            raise RunFolderError(f"{path} {what}") from error
         return data
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file (raises :class:`RunFolderError`)."""
-        data = self.read(name)
         try:
-            content = json.loads(data)
-            if not isinstance(content, dict):
-                raise ValueError("it holds no object")
-        except (ValueError, RecursionError) as error:
+            return json.loads(self.read(name))
+        except ValueError as error:
             raise RunFolderError(f"{self.root / name} is damaged ({error})") from error
-        return content
 
     def settings(self) -> dict[str, Any]:
         """The content of ``args.yaml`` (raises :class:`RunFolderError`)."""
-        import yaml
-
-        text = self.read(ARGS).decode(errors="replace")
+        path = self.root / ARGS
+        if not self.read(ARGS).endswith(ARGS_END.encode()):
+            raise RunFolderError(f"{path} is damaged (it has been cut or changed): restore it from a copy")
         try:
-            settings = yaml.safe_load(text)
-            if not isinstance(settings, dict) or not text.endswith(ARGS_END):
-                raise ValueError("it has been cut or changed")
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            raise RunFolderError(f"{self.root / ARGS} is damaged ({reason}): restore it from a copy") from error
-        return settings
+            return load_yaml(path)
+        except ValueError as error:
+            raise RunFolderError(str(error)) from error
 
     def save_state(self, state: bytes) -> None:
         """Make ``state`` the newest; the one before it stays, in case this one is damaged later."""
-        newest = self.root / STATE
-        write_beside(newest, state)
-        if newest.exists():
-            os.replace(newest, self.root / PREVIOUS_STATE)
-        move_into_place(newest)
+        write_atomic(self.root / STATE, state, previous=self.root / PREVIOUS_STATE)
 
     def load_state(self) -> Any:
         """The newest undamaged state; None if there never was one.
@@ -111,22 +94,18 @@ class RunFolder:
             RunFolderError: every state is damaged.
         """
         problems = []
-        for name in (STATE, PREVIOUS_STATE):
-            if not (self.root / name).exists():
-                continue
+        for name in (name for name in (STATE, PREVIOUS_STATE) if (self.root / name).exists()):
             try:
                 state = from_bytes(self.read(name))
             except RunFolderError as error:
                 problems.append(str(error))
-                continue
-            for problem in problems:
-                _log.warning("%s; resuming from the state before it", problem)
-            return state
+            else:
+                if problems:
+                    _log.warning("%s; resuming from the state before it", problems[0])
+                return state
         if problems:
-            raise RunFolderError(
-                f"there is no state to resume from: {'; '.join(problems)}. Restore it from a copy; or --overwrite 1 "
-                "moves the folder aside and starts over"
-            )
+            way_out = "Restore it from a copy; or --overwrite 1 moves the folder aside and starts over"
+            raise RunFolderError(f"there is no state to resume from: {'; '.join(problems)}. {way_out}")
         return None
 
 
@@ -137,47 +116,84 @@ def open_run(config: Config) -> Iterator[RunFolder]:
     Whatever was not there before is gone again if the run does not start.
 
     Raises:
-        ConfigError: the folder cannot be written, is in use, is damaged, or holds something else than a run with
-            these settings. Nothing in it has changed.
+        ConfigError: the folder cannot be written, is in use, or holds something else than a run with these settings.
+            Nothing in it has changed.
+        RunFolderError: it holds a damaged run.
     """
     folder = RunFolder(config.log_dir)
-    missing = [path for path in (folder.root, *folder.root.parents) if not path.exists()]
-    had_log = (folder.root / LOG).exists()
+    root = folder.root
+    new = [path for path in (root / LOG, root, *root.parents) if not path.exists()]
     try:
         with contextlib.ExitStack() as stack:
             try:
                 _refuse_foreign(folder)
-                folder.root.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(folder.root))
                 if config.overwrite and folder.has_run:
-                    stack.enter_context(_moved_aside(folder.root))
+                    with _locked(root):
+                        _move_aside(root.resolve())
+                root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(root))
                 check_settings(config)
-                for path in folder.root.rglob(f".*{_UNFINISHED}"):  # of a process that was killed
+                for path in root.rglob(f".*{_UNFINISHED}"):  # of a process that was killed
                     path.unlink()
-            except RunFolderError as error:
-                raise ConfigError([str(error)]) from error
             except OSError as error:
-                raise ConfigError([f"--log_dir {folder.root} cannot be used ({error.strerror})"]) from error
+                raise ConfigError(f"--log_dir {root} cannot be used ({error})") from error
             yield folder
     finally:
         if not folder.has_run:
             with contextlib.suppress(OSError):
-                if not had_log:
-                    (folder.root / LOG).unlink(missing_ok=True)
-                for path in missing:
-                    path.rmdir()
+                for path in new:
+                    path.unlink(missing_ok=True) if path.name == LOG else path.rmdir()
 
 
 def _refuse_foreign(folder: RunFolder) -> None:
     found = [name for name in (ARGS, "Results", "models", "state") if (folder.root / name).exists()]
     if found and not folder.has_run:
-        raise RunFolderError(
+        raise ConfigError(
             f"{folder.root} holds {', '.join(found)}, but not both {ARGS} and {CLASSES}: it is no run of this project, "
             "or has lost these files; choose another log_dir, or move everything in it away"
         )
 
 
-# ------------------------------------------------------------------------------------------------- settings
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Hold a run's folder; the system releases it when the process dies, however that happens.
+
+    The lock is a record lock, which belongs to the process: workers forked from it do not keep it alive. The file
+    names process and host for the message that others get.
+
+    Raises:
+        ConfigError: another process holds it.
+        OSError: it cannot be made.
+    """
+    path = root.resolve() / LOCK
+    with open(path, "r+", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT, 0o666)) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                raise FileNotFoundError(path)  # its holder has removed it in between
+        except (BlockingIOError, PermissionError, FileNotFoundError) as error:
+            owner = file.read() or "another process"
+            way_out = "wait for it, stop it, or choose another log_dir"
+            raise ConfigError(f"--log_dir {root} is in use by {owner}: {way_out}") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _move_aside(root: Path) -> None:
+    """Move a folder to a free name beside it: ``<name>.old-1``, …"""
+    number = 1
+    while (target := root.with_name(f"{root.name}.old-{number}")).exists():
+        number += 1
+    if Path.cwd().is_relative_to(root):
+        raise ConfigError(f"cannot move {root}, because it is the current folder: start from another one")
+    os.rename(root, target)
+    (target / LOCK).unlink()
+    _log.info("%s moved aside to %s", root, target)
 
 
 def check_settings(config: Config, *, resume: bool = True) -> None:
@@ -191,18 +207,17 @@ def check_settings(config: Config, *, resume: bool = True) -> None:
         ConfigError: naming the settings that differ.
         RunFolderError: ``args.yaml`` or ``classes.json`` is damaged.
     """
-    folder = RunFolder(config.log_dir)
     changed = differing_settings(config)
-    if not changed or (resume and _only_more_tasks(changed)):
-        return
-    way_out = (
-        "choose another log_dir, give the old settings, or start over with --overwrite 1, which moves the old folder "
-        "aside"
-        if resume
-        else f"leave the flags that change them, or --config, out; its {ARGS} has all settings"
-    )
-    changes = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
-    raise ConfigError([f"--log_dir {folder.root} holds a run with other settings ({changes}): {way_out}"])
+    if resume and list(changed) == ["max_task"]:  # says when to stop and changes nothing else
+        before, now = changed["max_task"]
+        if before != -1 and (now == -1 or now > before):
+            return
+    if changed:
+        way_out = f"leave the flags that change them, or --config, out; its {ARGS} has all settings"
+        if resume:
+            way_out = "choose another log_dir, give the old settings, or --overwrite 1, which moves the folder aside"
+        changes = ", ".join(f"{key} {before} -> {now}" for key, (before, now) in changed.items())
+        raise ConfigError(f"--log_dir {config.log_dir} holds a run with other settings ({changes}): {way_out}")
 
 
 def differing_settings(config: Config) -> dict[str, tuple[object, object]]:
@@ -214,22 +229,13 @@ def differing_settings(config: Config) -> dict[str, tuple[object, object]]:
     if not folder.has_run:
         return {}
     before, now = folder.settings(), config.result_settings()
+    changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
     weights = folder.read_json(CLASSES).get("backbone_sha256", {})
     files = {"t_weights": ("teacher", config.teacher_weights), "s_weights": ("student", config.student_weights)}
-    moved = {
-        key
-        for key, (role, path) in files.items()
-        if path is not None and before.get(key) != now[key] and sha256_of(path) == weights.get(role)
-    }
-    return {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key] and key not in moved}
-
-
-def _only_more_tasks(changed: dict[str, tuple[object, object]]) -> bool:
-    """Whether ``max_task`` alone differs and is larger: it says when to stop and changes nothing else."""
-    if list(changed) != ["max_task"]:
-        return False
-    before, now = changed["max_task"]
-    return before != -1 and (now == -1 or now > before)
+    for key, (role, path) in files.items():
+        if key in changed and path is not None and sha256_of(path) == weights.get(role):
+            del changed[key]
+    return changed
 
 
 def is_finished(config: Config) -> bool:
@@ -240,112 +246,38 @@ def is_finished(config: Config) -> bool:
     return folder.read_json(METRICS).get("complete") is True
 
 
-# ------------------------------------------------------------------------------------------------ ownership
-
-
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Hold a run's folder; the system releases it when the process dies, however that happens.
-
-    The lock is a record lock, which belongs to the process: workers forked from it do not keep it alive. The file
-    names process and host for the message that others get.
-
-    Raises:
-        RunFolderError: another process holds it, or it cannot be made.
-    """
-    path = root.resolve() / LOCK
-    while True:
-        with open(path, "r+", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT, 0o666)) as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                raise RunFolderError(
-                    f"--log_dir {root} is in use by {file.read() or 'another process'}: wait for it, stop it, or "
-                    "choose another log_dir"
-                ) from error
-            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
-                continue  # its holder removed it in between
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    if os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                        path.unlink()
-            return
-
-
-@contextlib.contextmanager
-def _moved_aside(root: Path) -> Iterator[None]:
-    """Move the folder to a free name beside it (``<name>.old-1``, …), and hold an empty one in its place."""
-    root, number = root.resolve(), 1
-    while (target := root.with_name(f"{root.name}.old-{number}")).exists():
-        number += 1
-    if Path.cwd().is_relative_to(root):
-        raise RunFolderError(f"cannot move {root}, because it is the current folder: start from another one")
-    try:
-        os.rename(root, target)
-        (target / LOCK).unlink(missing_ok=True)
-        root.mkdir(exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"cannot move {root} to {target}: {error.strerror}") from error
-    with _locked(root):
-        _log.info("%s moved aside to %s", root, target)
-        yield
-
-
-# --------------------------------------------------------------------------------------------------- writing
-
-
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, previous: Path | None = None) -> None:
     """Write a file beside its place, flush it to the disk and move it there.
+
+    Args:
+        previous: where the file that was there before is kept.
 
     Raises:
         RunFolderError: the disk is full, the folder read-only, …; whatever was there before is untouched.
     """
-    write_beside(path, data)
-    move_into_place(path)
-
-
-def write_beside(path: Path, data: bytes) -> None:
-    """The first half of :func:`write_atomic`."""
-    temporary = _beside(path)
+    temporary = path.with_name(f".{path.name}{_UNFINISHED}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+        descriptor = os.open(path.parent, os.O_RDONLY)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise RunFolderError(f"cannot write {path}: {error.strerror}; what was there before is intact") from error
-
-
-def move_into_place(path: Path) -> None:
-    """The second half of :func:`write_atomic`; makes the new name as durable as the content."""
-    try:
-        os.replace(_beside(path), path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-    except OSError as error:
-        raise RunFolderError(f"cannot write {path}: {error.strerror}; what was there before is intact") from error
-    try:
-        with contextlib.suppress(OSError):  # some network file systems refuse, and do not need it
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_UNFINISHED}")
+    with contextlib.suppress(OSError):  # makes the name durable; some network file systems refuse, and do not need it
+        os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def to_bytes(state: Any) -> bytes:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,18 +23,11 @@ from utils.registry import nearest
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run.
+    """A configuration that cannot be run; ``problems`` has a sentence for each mistake, which names the way out."""
 
-    Attributes:
-        problems: one sentence for each mistake, naming the flag, key or file and the way out.
-    """
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
-
-
-# ---------------------------------------------------------------------------------------------------- types
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
 
 
 class Type(NamedTuple):
@@ -39,11 +35,10 @@ class Type(NamedTuple):
 
     Attributes:
         allowed: the values in words, for ``--help`` and after "must be" in messages.
-        metavar: stands for a value in ``--help``.
+        metavar: placeholder of a value in ``--help``.
         parse: turns one word of the command line or one YAML scalar into a value, None if it is not allowed.
         many: whether the option takes a list of values rather than exactly one.
-        count: how many values a list must have; None for one or more.
-        arrange: brings a list into the order in which it must be given, without repetitions where these are wrong.
+        holds: whether a list is allowed, given that each of its values is.
         alone: value of a flag without a value; None if it needs one.
     """
 
@@ -51,8 +46,7 @@ class Type(NamedTuple):
     metavar: str
     parse: Callable[[object], Any]
     many: bool = False
-    count: int | None = None
-    arrange: Callable[[tuple], Iterable] = tuple
+    holds: Callable[[tuple], bool] = bool
     alone: Any = None
 
     def read(self, words: Sequence[object]) -> Any:
@@ -63,19 +57,16 @@ class Type(NamedTuple):
         """
         if not words and self.alone is not None:
             return self.alone
-        if not self.many and len(words) != 1:
-            raise ValueError(f"takes one value ({self.allowed}), not {len(words)} values")
-        if not words or self.count not in (None, len(words)):
-            raise ValueError(f"must be {self.allowed}, not {len(words)} values")
+        if not words or (len(words) > 1 and not self.many):
+            takes = "a list" if self.many else "one value"
+            raise ValueError(f"takes {takes} ({self.allowed}), not {len(words)} values")
         values = tuple(self.parse(word) for word in words)
-        if None in values or values != tuple(self.arrange(values)):
+        if None in values or not self.holds(values):
             wrong = [word for word, value in zip(words, values, strict=True) if value is None] or words
-            raise ValueError(f"must be {self.allowed}, not {' '.join(map(_show, wrong[:4]))}{self._hint(wrong[0])}")
+            guess = nearest(str(wrong[0]), self.allowed.split(" | ")) if " | " in self.allowed else None
+            hint = f"; did you mean {guess}?" if guess else ""
+            raise ValueError(f"must be {self.allowed}, not {' '.join(map(_show, wrong[:4]))}{hint}")
         return values if self.many else values[0]
-
-    def _hint(self, word: object) -> str:
-        guess = nearest(str(word), self.allowed.split(" | ")) if " | " in self.allowed else None
-        return f"; did you mean {guess}?" if guess else ""
 
 
 def _show(value: object) -> str:
@@ -86,60 +77,46 @@ def _show(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _number(item: object) -> float | int | None:
-    """``item`` as a finite number, or None. Strings count: YAML 1.1 reads ``1e-3`` as one."""
+def _number(item: object, holds: Callable[[float], bool]) -> float | None:
+    """``item`` as a finite number for which ``holds`` is true, or None. YAML 1.1 reads ``1e-3`` as a string."""
     if isinstance(item, bool) or not isinstance(item, (int, float, str)):
         return None
-    for kind in (int, float):
-        try:
-            number = item if isinstance(item, float) else kind(item)
-        except (ValueError, OverflowError):
-            continue
-        return number if -1e300 < number < 1e300 else None
-    return None
+    try:
+        number = float(item)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and holds(number) else None
 
 
 def real(allowed: str = "a number", holds: Callable[[float], bool] = lambda number: True) -> Type:
     """A finite number for which ``holds`` is true."""
-
-    def parse(item: object) -> float | None:
-        number = _number(item)
-        return float(number) if number is not None and holds(number) else None
-
-    return Type(allowed, "X", parse)
+    return Type(allowed, "X", lambda item: _number(item, holds))
 
 
 def whole(minimum: int = 0, *, special: int | None = None, maximum: int = 2**31 - 1) -> Type:
     """A whole number of at least ``minimum``, or ``special``, which has a meaning of its own."""
 
     def parse(item: object) -> int | None:
-        number = _number(item)
-        if number is None or number != int(number):
-            return None
-        return int(number) if minimum <= number <= maximum or number == special else None
+        number = _number(item, lambda n: n == int(n) and (minimum <= n <= maximum or n == special))
+        return None if number is None else int(number)
 
     prefix = "" if special is None else f"{special} or "
     return Type(f"{prefix}a whole number of at least {minimum}", "N", parse)
 
 
-def text(allowed: str = "a name") -> Type:
-    """Any text that is not empty. Longer or with control characters it is no name, but would spoil messages."""
+def text(allowed: str = "a name", metavar: str = "NAME", convert: Callable = str, many: bool = False) -> Type:
+    """Any text of 1 to 1000 characters without control characters, which would spoil messages."""
 
-    def parse(item: object) -> str | None:
+    def parse(item: object) -> Any:
         word = str(item) if isinstance(item, (str, int, float)) and not isinstance(item, bool) else ""
-        return word if word.strip() and len(word) <= 1000 and min(word) >= " " else None
+        return convert(word) if word.strip() and len(word) <= 1000 and min(word) >= " " else None
 
-    return Type(allowed, "NAME", parse)
+    return Type(allowed, metavar, parse, many)
 
 
 def path(allowed: str, *, many: bool = False) -> Type:
     """A path; ``~`` is the home folder."""
-
-    def parse(item: object) -> Path | None:
-        word = text().parse(item)
-        return None if word is None else Path(os.path.expanduser(word))
-
-    return Type(allowed, "PATH", parse, many)
+    return text(allowed, "PATH", lambda word: Path(os.path.expanduser(word)), many)
 
 
 def choice(*names: str) -> Type:
@@ -147,74 +124,71 @@ def choice(*names: str) -> Type:
     return Type(" | ".join(names), "NAME", lambda item: item if item in names else None)
 
 
-def switch(*, alone: bool | None = True) -> Type:
-    """On or off; the flag without a value means ``alone``."""
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    return Type("0 or 1", "0|1", lambda item: words.get(str(item).lower()), alone=alone)
+def many(item: Type, allowed: str, holds: Callable[[tuple], bool]) -> Type:
+    """A list of values of which each is an ``item``; ``allowed`` says in words what ``holds`` demands."""
+    return Type(allowed.format(item.allowed), item.metavar, item.parse, True, holds)
 
 
-def many(item: Type, count: int | None = None, arrange: Callable[[tuple], Iterable] = tuple, order: str = "") -> Type:
-    """A list of values of which each is an ``item``; ``order`` says in words what ``arrange`` demands."""
-    number = "one number or more" if count is None else f"{count} numbers"
-    return Type(f"{number}, each {item.allowed}{order}", item.metavar, item.parse, True, count, arrange)
-
-
-def _increasing(values: tuple) -> list:
-    return sorted(set(values))
-
-
+_WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+SWITCH = Type("0 or 1", "0|1", lambda item: _WORDS.get(str(item).lower()), alone=True)
 FRACTION = real("a number from 0 to 1", lambda number: 0 <= number <= 1)
 POSITIVE = real("a number above 0", lambda number: number > 0)
 NOT_NEGATIVE = real("a number of at least 0", lambda number: number >= 0)
 BELOW_ONE = real("a number of at least 0 and below 1", lambda number: 0 <= number < 1)
 SHARE = real("a number above 0 and of at most 1", lambda number: 0 < number <= 1)
-
-
-# -------------------------------------------------------------------------------------------------- options
+SEVERAL, TWO = "one number or more, each {}", "2 numbers, each {}"
+NUMBERS = many(real(), SEVERAL, bool)
+EPOCHS = many(whole(1), SEVERAL + ", increasing", lambda values: [*values] == sorted(set(values)))
+GPUS = many(whole(0, special=-1), SEVERAL + ", no two equal", lambda values: len(set(values)) == len(values))
+PAIR = many(whole(1), TWO, lambda values: len(values) == 2)
+RANGE = many(SHARE, TWO + ", the smaller first", lambda values: len(values) == 2 and values[0] <= values[1])
 
 
 class Option(NamedTuple):
-    """One setting: field ``name`` of :class:`Config` or of its part ``section``, flag ``--key``, and YAML key."""
+    """One setting.
 
-    section: str
-    name: str
-    key: str
+    Attributes:
+        default: value where neither flag nor YAML key is given; None for no value.
+        type, group, help: allowed values, part of ``--help`` and text there.
+        key: flag and YAML key; empty where a field declares it under its own name.
+        paper: the paper's value, for ``--help``.
+        in_yaml: False for a flag that is no YAML key.
+        affects_results: whether the value decides a run's results, so that a resume must not change it.
+        section, name: field of :class:`Config`, or of its part ``section``.
+    """
+
+    default: Any
     type: Type
     group: str
     help: str
-    default: Any
-    paper: str
-    in_yaml: bool
-    affects_results: bool
+    key: str = ""
+    paper: str = ""
+    in_yaml: bool = True
+    affects_results: bool = True
+    section: str = ""
+    name: str = ""
 
     def value(self, config: Config) -> Any:
         """What a configuration holds."""
         return getattr(getattr(config, self.section) if self.section else config, self.name)
 
 
-def option(
-    default: Any, type: Type, group: str, help: str, *, key="", paper="", in_yaml=True, affects_results=True
-) -> Any:
-    """A dataclass field that is an option.
+def option(default: Any, *args: Any, **more: Any) -> Any:
+    """A dataclass field that is an :class:`Option`, with the same arguments."""
+    return field(default=default, metadata={"option": Option(default, *args, **more)})
 
-    Args:
-        default: value where neither flag nor YAML key is given; None for no value.
-        type, group, help: allowed values, part of ``--help`` and text there.
-        key: flag and YAML key where these differ from the field's name.
-        paper: the paper's value, for ``--help``.
-        in_yaml: False for a flag that is no YAML key.
-        affects_results: whether the value decides a run's results, so that a resume must not change it.
-    """
-    metadata = {"type": type, "group": group, "help": help, "key": key, "paper": paper, "in_yaml": in_yaml}
-    return field(default=default, metadata={**metadata, "affects_results": affects_results and in_yaml})
 
+neutral = functools.partial(option, affects_results=False)
+"""An :func:`option` that changes how a run proceeds, but not its results."""
+flag = functools.partial(option, affects_results=False, in_yaml=False)
+"""An :func:`option` of the command line alone."""
 
 RUN, METHOD, MODELS, DATA = "Run", "Method", "Models", "Data"
 TRAINING, DEVICES, LOGGING, USE = "Training", "Devices", "Logging", "Instead of training"
 IGNORED = "accepted from the original, without effect"
 # An args.yaml says these of the machine and the start of its run; they mean nothing to the use of its models.
 _ONLY_FOR_TRAINING = ("gpuid", "device", "init_from")
-_EXAMPLE_CONFIG = "configs/emoji-r_prompt.yaml"
+_LARGEST_FILE = 1 << 15  # a configuration has 2 KiB; PyYAML takes seconds for megabytes
 _ON_A_RUN = ("eval_only", "export", "predict")
 
 
@@ -224,14 +198,13 @@ class DistillConfig:
 
     method: str = option(
         "KD", text("a KD method"), METHOD, "how the student learns from the teacher", key="KD_method",
-        paper="KDP, beside each other one")
+        paper="each of them")
     prompt_param: tuple[int, int] = option(
-        (12, 6), many(whole(1), 2), METHOD,
-        "KD_Token: number of student blocks and length (even) of the KD prompts", key="kd_prompt_param", paper="12 6")
+        (12, 6), PAIR, METHOD, "KD_Token: number of student blocks and length (even) of the KD prompts",
+        key="kd_prompt_param", paper="12 6")
     alpha: float = option(
         0.5, FRACTION, METHOD, "weight of distillation; cross-entropy gets the rest", key="kd_alpha", paper="0.5")
-    temperature: float = option(
-        2.0, POSITIVE, METHOD, "temperature of the softened logits", key="Soft_T", paper="2")
+    temperature: float = option(2.0, POSITIVE, METHOD, "temperature of the softened logits", key="Soft_T", paper="2")
 
 
 @dataclass(frozen=True)
@@ -239,30 +212,24 @@ class DataConfig:
     """The data set, its split into tasks, and its batches."""
 
     dataset: str | None = option(None, text("a data set"), DATA, "data set", paper="CIFAR100, ImageNet_R")
-    dataroot: Path = option(
-        Path("data"), path("a folder"), DATA, "folder of the data sets (not used by Emoji_R)", affects_results=False)
-    data_url: str | None = option(
-        None, text("a URL"), DATA, "another place to download the data set from; default: its own",
-        affects_results=False)
+    dataroot: Path = neutral(Path("data"), path("a folder"), DATA, "folder of the data sets (not used by Emoji_R)")
+    data_url: str | None = neutral(None, text("a URL"), DATA, "URL to download the data set from; default: its own")
     first_split_size: int | None = option(
         None, whole(1), DATA, "classes of the first task", paper="10 (CIFAR-100), 20 (ImageNet-R)")
     other_split_size: int | None = option(
         None, whole(1), DATA, "classes of every other task", paper="10 (CIFAR-100), 20 (ImageNet-R)")
-    class_order: str = option(
-        "natural", choice("natural", "shuffled"), DATA, "order in which classes come", paper="natural")
-    validation: bool = option(False, switch(), DATA, "test on a seeded fifth of the training set", paper="0")
-    upper_bound: bool = option(False, switch(), DATA, "one task with all classes", key="upper_bound_flag", paper="0")
+    class_order: str = option("natural", choice("natural", "shuffled"), DATA, "order of the classes", paper="natural")
+    validation: bool = option(False, SWITCH, DATA, "test on a seeded fifth of the training set", paper="0")
+    upper_bound: bool = option(False, SWITCH, DATA, "one task with all classes", key="upper_bound_flag", paper="0")
     memory: int = option(0, whole(0), DATA, "number of past images kept for replay", paper="0")
     class_weighting: bool = option(
-        False, switch(), DATA, "weight classes by their number of images when replaying", key="DW", paper="0")
-    train_aug: bool = option(True, switch(), DATA, "random crops and flips in training", paper="1")
+        False, SWITCH, DATA, "weight classes by their number of images when replaying", key="DW", paper="0")
+    train_aug: bool = option(True, SWITCH, DATA, "random crops and flips in training", paper="1")
     crop_scale: tuple[float, float] = option(
-        (0.08, 1.0), many(SHARE, 2, sorted, ", the smaller first"), DATA,
-        "share of the image's area that a random crop covers", paper="0.08 1.0")
+        (0.08, 1.0), RANGE, DATA, "share of the image's area that a random crop covers", paper="0.08 1.0")
     batch_size: int = option(
         64, whole(1), TRAINING, "images per step, over all devices", paper="64; 32 with ViT-Large teachers")
-    workers: int = option(
-        4, whole(0), DATA, "processes that load data; 0 loads in the main one", affects_results=False)
+    workers: int = neutral(4, whole(0), DATA, "processes that load data; 0 loads in the main one")
 
 
 @dataclass(frozen=True)
@@ -270,11 +237,9 @@ class OptimConfig:
     """Optimizer and learning-rate schedule of each model at each task."""
 
     schedule: tuple[int, ...] | None = option(
-        None, many(whole(1), None, _increasing, ", increasing"), TRAINING,
-        "epochs per task of teacher and of student (the last number; the others are steps of decay)",
+        None, EPOCHS, TRAINING, "epochs per task and model (the last number; the others are steps of decay)",
         paper="20 (CIFAR-100), 35 (ImageNet-R)")
-    schedule_type: str = option(
-        "cosine", choice("cosine", "decay"), TRAINING, "course of the learning rate", paper="cosine")
+    schedule_type: str = option("cosine", choice("cosine", "decay"), TRAINING, "learning-rate schedule", paper="cosine")
     optimizer: str = option(
         "Adam", choice("Adam", "amsgrad", "SGD", "RMSprop", "Rprop"), TRAINING, "optimizer", paper="Adam")
     lr: float = option(1e-3, POSITIVE, TRAINING, "learning rate", paper="0.001")
@@ -291,23 +256,19 @@ class OptimConfig:
 class Config:
     """All settings of a run under readable names."""
 
-    config: Path | None = option(
-        None, path("a YAML file"), RUN, "YAML file with any of these settings", in_yaml=False)
-    log_dir: Path | None = option(
-        None, path("a folder"), RUN, "folder of the run's results; needed for training", affects_results=False)
-    overwrite: bool = option(
-        False, switch(alone=None), RUN, "0 resumes what log_dir holds, 1 moves it aside and starts over",
-        affects_results=False)
+    config: Path | None = flag(None, path("a YAML file"), RUN, "YAML file with any of these settings")
+    log_dir: Path | None = neutral(None, path("a folder"), RUN, "folder of the run's results; needed for training")
+    overwrite: bool = neutral(
+        False, SWITCH._replace(alone=None), RUN, "0 resumes what log_dir holds, 1 moves it aside and starts over")
     seed: int = option(1, whole(0, maximum=2**32 - 1), RUN, "seed of all random numbers", key="random_s")
-    repeat: int = option(
-        1, whole(1), RUN, "run this many seeds, each in its folder log_dir/seed-<s>", affects_results=False)
+    repeat: int = neutral(1, whole(1), RUN, "run this many seeds, each in its folder log_dir/seed-<s>")
     max_task: int = option(-1, whole(1, special=-1), RUN, "stop after this many tasks; -1 runs all", paper="-1")
-    debug_mode: int = option(0, whole(0), RUN, IGNORED, affects_results=False)
+    debug_mode: int = neutral(0, whole(0), RUN, IGNORED)
 
     learner_type: str = option("prompt", choice("prompt"), METHOD, "family of learners", paper="prompt")
     learner_name: str = option("CODAPrompt", text("a learner"), METHOD, "prompt pool", paper="each of them")
     prompt_param: tuple[float, ...] | None = option(
-        None, many(real()), METHOD, "parameters of the prompt pool; default: the paper's")
+        None, NUMBERS, METHOD, "parameters of the prompt pool; default: the paper's")
     distill: DistillConfig = DistillConfig()
     aux_loss_scale: float = option(
         1.0, NOT_NEGATIVE, METHOD, "factor of prompt and feature losses", paper="2, as its two GPUs added theirs")
@@ -323,48 +284,38 @@ class Config:
         key="t_weights")
     student_weights: Path | None = option(
         None, path("a file"), MODELS, "the student's weights from a file; default: its own", key="s_weights")
-    teacher_from: Path | None = option(
+    teacher_from: Path | None = flag(
         None, path("a folder"), MODELS,
-        "log_dir of a run with another KD method: take its trained teachers, which are the same, instead of training"
-        " them again", in_yaml=False)
+        "log_dir of a run with another KD method: use its trained teachers, which are the same")
     init_from: Path | None = option(
         None, path("a folder"), MODELS, "folder with T_class.pth and S_class.pth to start from")
 
     data: DataConfig = DataConfig()
-    rand_split: bool = option(False, switch(), DATA, IGNORED, affects_results=False)
-    model_type: str | None = option(None, text(), DATA, IGNORED, affects_results=False)
-    model_name: str | None = option(None, text(), DATA, IGNORED, affects_results=False)
+    rand_split: bool = neutral(False, SWITCH, DATA, IGNORED)
+    model_type: str | None = neutral(None, text(), DATA, IGNORED)
+    model_name: str | None = neutral(None, text(), DATA, IGNORED)
     optim: OptimConfig = OptimConfig()
 
-    gpuid: tuple[int, ...] | None = option(
-        None, many(whole(0, special=-1), None, dict.fromkeys, ", no two equal"), DEVICES,
-        "GPUs to use; -1 is the CPU; default: GPU 0 if there is one, else the CPU", paper="0 1",
-        affects_results=False)
-    device: str | None = option(
-        None, choice("cpu", "cuda", "mps"), DEVICES,
-        "kind of device, instead of --gpuid; default: what --gpuid says", affects_results=False)
+    gpuid: tuple[int, ...] | None = neutral(
+        None, GPUS, DEVICES, "GPUs to use; -1 is the CPU; default: GPU 0 if there is one, else the CPU", paper="0 1")
+    device: str | None = neutral(
+        None, choice("cpu", "cuda", "mps"), DEVICES, "kind of device, instead of --gpuid; default: what --gpuid says")
     precision: str = option(
         "fp32", choice("fp32", "tf32", "bf16", "fp16"), DEVICES, "arithmetic of the backbones", paper="fp32")
-    compile: bool = option(False, switch(), DEVICES, "use torch.compile", affects_results=False)
-    accumulate: int = option(
-        1, whole(1), DEVICES, "split each batch into this many parts, to save memory", affects_results=False)
+    compile: bool = neutral(False, SWITCH, DEVICES, "use torch.compile")
+    accumulate: int = neutral(1, whole(1), DEVICES, "split each batch into this many parts, to save memory")
 
-    no_progress: bool = option(
-        False, switch(), LOGGING, "plain lines instead of progress bars", affects_results=False)
-    tensorboard: bool = option(False, switch(), LOGGING, "also write TensorBoard files", affects_results=False)
-    log_interval: int = option(
-        10, whole(1), LOGGING, "steps between two readings of the losses", affects_results=False)
+    no_progress: bool = neutral(False, SWITCH, LOGGING, "plain lines instead of progress bars")
+    tensorboard: bool = neutral(False, SWITCH, LOGGING, "also write TensorBoard files")
+    log_interval: int = neutral(10, whole(1), LOGGING, "steps between two readings of the losses")
 
-    export: Path | None = option(
-        None, path("a file .safetensors or .pt2"), USE, "write the trained student of --log_dir to this file",
-        in_yaml=False)
-    predict: tuple[Path, ...] = option(
-        (), path("one image or more", many=True), USE, "name what these images show, with the student of --log_dir",
-        in_yaml=False)
-    check_data: bool = option(False, switch(), USE, "only check every image of the data set", in_yaml=False)
-    eval_only: bool = option(
-        False, switch(), USE, "only evaluate the saved models of --log_dir again", in_yaml=False)
-    top: int = option(5, whole(1), USE, "how many classes --predict names", in_yaml=False)
+    export: Path | None = flag(
+        None, path("a file .safetensors or .pt2"), USE, "write the trained student of --log_dir to this file")
+    predict: tuple[Path, ...] = flag(
+        (), path("one image or more", many=True), USE, "name what these images show, with the student of --log_dir")
+    check_data: bool = flag(False, SWITCH, USE, "only check every image of the data set")
+    eval_only: bool = flag(False, SWITCH, USE, "only evaluate the saved models of --log_dir again")
+    top: int = flag(5, whole(1), USE, "how many classes --predict names")
 
     @property
     def actions(self) -> tuple[str, ...]:
@@ -391,18 +342,14 @@ class Config:
         settings = self.to_yaml_dict()
         return {key: settings[key] for key, each in OPTIONS.items() if each.affects_results}
 
-    def settings_hash(self, without_seed: bool = False) -> str:
-        """A hash of :meth:`result_settings`; ``without_seed`` makes it equal for runs of different seeds."""
-        settings = self.result_settings()
-        if without_seed:
-            del settings["random_s"]
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    def settings_hash(self) -> str:
+        """A hash of :meth:`result_settings`."""
+        return hashlib.sha256(json.dumps(self.result_settings(), sort_keys=True).encode()).hexdigest()[:16]
 
     def for_seed(self, seed: int) -> Config:
         """The configuration of one seed of ``--repeat``, in a folder of its own."""
-        folders = {"log_dir": self.log_dir, "teacher_from": self.teacher_from}
-        own = {name: folder and folder / f"seed-{seed}" for name, folder in folders.items()}
-        return dataclasses.replace(self, seed=seed, repeat=1, **own)
+        log_dir, teacher_from = (path and path / f"seed-{seed}" for path in (self.log_dir, self.teacher_from))
+        return dataclasses.replace(self, seed=seed, repeat=1, log_dir=log_dir, teacher_from=teacher_from)
 
 
 def _plain(value: Any) -> Any:
@@ -419,8 +366,8 @@ def _options_of(cls: type, section: str = "") -> Iterator[Option]:
         if dataclasses.is_dataclass(each.default):
             yield from _options_of(type(each.default), each.name)
         else:
-            metadata = {**each.metadata, "key": each.metadata["key"] or each.name}
-            yield Option(section=section, name=each.name, default=each.default, **metadata)
+            found = each.metadata["option"]
+            yield found._replace(section=section, name=each.name, key=found.key or each.name)
 
 
 OPTIONS: dict[str, Option] = {each.key: each for each in _options_of(Config)}
@@ -437,9 +384,6 @@ def make_config(values: dict[str, Any]) -> Config:
     return dataclasses.replace(config, **parts)
 
 
-# -------------------------------------------------------------------------------------------------- reading
-
-
 class Parsed(NamedTuple):
     """What was read: values by key, a sentence for each mistake, and the keys whose value is not known."""
 
@@ -448,12 +392,17 @@ class Parsed(NamedTuple):
     invalid_keys: set[str]
 
     def read(self, each: Option, label: str, words: Sequence[object]) -> None:
-        """Read one option's value; ``label`` is what messages call the option."""
+        """Read an option that messages call ``label``; a flag, which is read first, beats the file."""
         try:
-            self.values[each.key] = each.type.read(words)
+            self.values.setdefault(each.key, each.type.read(words))
         except ValueError as error:
-            self.invalid_keys.add(each.key)
-            self.problems.append(f"{label} {error}")
+            self.refuse(each.key, f"{label} {error}")
+
+    def refuse(self, key: str, problem: str) -> None:
+        """Note that a key has no allowed value."""
+        self.problems.append(problem)
+        if key not in self.values:
+            self.invalid_keys.add(key)
 
     def config(self) -> Config:
         """The configuration, with defaults in place of what is missing or wrong."""
@@ -466,16 +415,13 @@ def parse_config(argv: Sequence[str]) -> Parsed:
     What depends on several values, on the tables of other packages or on the machine is judged by
     ``learners.check``.
     """
-    flags, read = Parsed({}, [], set()), Parsed({}, [], set())
-    for key, words in _split_flags(argv, flags.problems).items():
-        flags.read(OPTIONS[key], f"--{key}", words)
-    given = flags.config()
+    parsed = Parsed({}, [], set())
+    for key, words in _split_flags(argv, parsed.problems).items():
+        parsed.read(OPTIONS[key], f"--{key}", words)
+    given = parsed.config()
     saved = given.config is None and given.action in _ON_A_RUN and given.log_dir is not None
     file = given.log_dir / "args.yaml" if saved else given.config
-    complete = _read_yaml(file, read, saved) if file is not None else "config" not in flags.invalid_keys
-    invalid = (read.invalid_keys - flags.values.keys()) | flags.invalid_keys
-    parsed = Parsed(read.values | flags.values, flags.problems + read.problems, invalid)
-    if complete:
+    if _read_yaml(file, parsed, saved) if file is not None else "config" not in parsed.invalid_keys:
         parsed.problems.extend(_missing_problems(parsed, file))
     return parsed
 
@@ -492,7 +438,7 @@ def _split_flags(argv: Sequence[str], problems: list[str]) -> dict[str, list[str
             problems.append(f"unknown flag {_show(name)[1:-1]}; {hint}")
         elif not after_unknown_flag:
             problems.append(f"{_show(word)} follows no flag; see --help")
-    return {key: words for key, words in vars(found).items() if key != "help"}
+    return vars(found)
 
 
 def _read_yaml(file: Path, parsed: Parsed, saved: bool) -> bool:
@@ -517,14 +463,10 @@ def _read_yaml(file: Path, parsed: Parsed, saved: bool) -> bool:
         elif not each.in_yaml:
             parsed.problems.append(f"{key} in {file} belongs on the command line, as --{key}")
         elif value is None and each.default is not None:
-            parsed.invalid_keys.add(key)
-            parsed.problems.append(f"{key} in {file} has no value; it must be {each.type.allowed}")
+            parsed.refuse(key, f"{key} in {file} has no value; it must be {each.type.allowed}")
         elif value is not None and not (saved and key in _ONLY_FOR_TRAINING):
             parsed.read(each, f"{key} in {file}", value if isinstance(value, list) else [value])
     return True
-
-
-_LARGEST_FILE = 1 << 15  # a configuration has 2 KiB; PyYAML takes seconds for megabytes
 
 
 def load_yaml(file: Path) -> dict[Any, Any]:
@@ -535,56 +477,41 @@ def load_yaml(file: Path) -> dict[Any, Any]:
     """
     import yaml  # here, so that --help works before the packages are installed
 
-    class UniqueKeyLoader(yaml.SafeLoader):
-        """Refuses a key that is there twice, which PyYAML accepts."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            hashable = [key for key in keys if isinstance(key, Hashable)]
-            if len(set(hashable)) < len(hashable):
-                twice = next(key for key in hashable if hashable.count(key) > 1)
-                raise yaml.constructor.ConstructorError(None, None, f"the key {_show(twice)} is there twice")
-            return super().construct_mapping(node, deep)
-
     try:
         with open(file, "rb") as opened:
             data = opened.read(_LARGEST_FILE + 1)
-        if len(data) > _LARGEST_FILE:
-            raise ValueError("is larger than 32 KiB, so it is no configuration; --config needs a YAML file")
-        settings = yaml.load(data.decode("utf-8-sig"), Loader=UniqueKeyLoader)
+    except FileNotFoundError as error:
+        guess = nearest(str(file), [str(other) for other in file.parent.glob("*.y*ml")])
+        hint = f"did you mean --config {guess}?" if guess else "check --config"
+        raise ValueError(f"{file} does not exist; {hint}") from error
     except OSError as error:
-        raise ValueError(_unreadable(file, error)) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a text file; --config needs a YAML file") from error
-    except (yaml.YAMLError, RecursionError) as error:
+        what = "is a folder" if isinstance(error, IsADirectoryError) else f"cannot be read ({error.strerror})"
+        raise ValueError(f"{file} {what}; --config needs a YAML file") from error
+    if len(data) > _LARGEST_FILE:
+        raise ValueError(f"{file} is larger than 32 KiB, so it is no configuration; --config needs a YAML file")
+    try:
+        text = data.decode("utf-8-sig")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        keys = Counter(str(key.value) for key, _ in root.value) if isinstance(root, yaml.MappingNode) else Counter()
+        if twice := [key for key, times in keys.items() if times > 1]:  # PyYAML would take the last one
+            raise ValueError(f"the key {_show(twice[0])} is there twice")
+        settings = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError also for no text or an impossible date
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         reason = f"line {mark.line + 1}: {reason}" if mark else reason
-        raise ValueError(f"{file} is not valid YAML ({reason}); mend it or copy one of configs/*.yaml") from error
-    except ValueError as error:  # an impossible date
-        reason = str(error) if "configuration" in str(error) else f"is not valid YAML ({error})"
-        raise ValueError(f"{file} {reason}") from error
+        raise ValueError(f"{file} is not valid YAML ({reason}); mend it or copy a YAML file of configs/") from error
     if not isinstance(settings, dict):
         what = "is empty" if settings is None else "must hold lines 'key: value'"
         raise ValueError(f"{file} {what}; copy one of configs/*.yaml")
     return settings
 
 
-def _unreadable(file: Path, error: OSError) -> str:
-    """Why a configuration file cannot be read, with the nearest name in its folder."""
-    if isinstance(error, FileNotFoundError):
-        guess = nearest(str(file), [str(other) for other in file.parent.glob("*.y*ml")])
-        return f"{file} does not exist; " + (f"did you mean --config {guess}?" if guess else "check --config")
-    if isinstance(error, IsADirectoryError):
-        return f"{file} is a folder; --config needs a YAML file"
-    return f"{file} cannot be read ({error.strerror}); check --config"
-
-
 def _missing_problems(parsed: Parsed, file: Path | None) -> list[str]:
-    """Settings without which the action cannot start; ``file`` is the YAML file that was read."""
+    """Missing settings, without which the action cannot start; ``file`` is the YAML file that was read."""
     config, invalid = parsed.config(), parsed.invalid_keys
     if invalid & {"check_data", *_ON_A_RUN}:
-        return []  # nobody knows what is to be done, nor what that needs
+        return []  # which settings it needs depends on what is to be done
     needed = ["dataset", "first_split_size", "other_split_size"]
     needed += [] if config.action == "check_data" else ["schedule"]
     missing = [key for key in needed if OPTIONS[key].value(config) is None and key not in invalid]
@@ -593,14 +520,11 @@ def _missing_problems(parsed: Parsed, file: Path | None) -> list[str]:
         problems += [f"{key} is missing: set it in {file} or give --{key}" for key in missing]
     elif missing and config.action not in _ON_A_RUN:
         flags = ", ".join(f"--{key}" for key in missing)
-        problems.append(f"--config is missing: give a YAML file, such as {_EXAMPLE_CONFIG} (or {flags})")
+        problems.append(f"--config is missing: give a YAML file, such as configs/emoji-r_prompt.yaml (or {flags})")
     if config.log_dir is None and "log_dir" not in invalid and config.action != "check_data":
         what = "the folder of a finished run" if config.action in _ON_A_RUN else "a folder for the results"
         problems.append(f"--log_dir is missing: give {what}, such as --log_dir outputs/emoji-r")
     return problems
-
-
-# ----------------------------------------------------------------------------------------------------- help
 
 
 def argument_parser(epilog: str = "", *, for_help: bool = False) -> argparse.ArgumentParser:
@@ -621,11 +545,11 @@ def argument_parser(epilog: str = "", *, for_help: bool = False) -> argparse.Arg
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("-h", "--help", action="store_true", help="print this page")
-    groups: dict[str, Any] = {}
+    if for_help:
+        parser.add_argument("-h", "--help", action="help", help="print this page")
+    names = dict.fromkeys(each.group for each in OPTIONS.values())
+    groups = {name: parser.add_argument_group(name) for name in names}
     for each in OPTIONS.values():
-        if each.group not in groups:
-            groups[each.group] = parser.add_argument_group(each.group)
         nargs = "*" if not for_help else "+" if each.type.many else "?" if each.type.alone is not None else None
         text = _help_text(each).replace("%", "%%")
         groups[each.group].add_argument(f"--{each.key}", nargs=nargs, metavar=each.type.metavar, help=text)
@@ -636,15 +560,8 @@ def _help_text(each: Option) -> str:
     """The explanation of one flag."""
     notes = [] if each.type.metavar in ("NAME", "PATH") and " | " not in each.type.allowed else [each.type.allowed]
     if each.default not in (None, ()):
-        notes.append(f"default: {_typed(each.default)}")
+        values = each.default if isinstance(each.default, tuple) else [each.default]
+        notes.append(f"default: {' '.join(str(int(x) if isinstance(x, bool) else _plain(x)) for x in values)}")
     if each.paper:
         notes.append(f"paper: {each.paper}")
     return ("" if each.in_yaml else "* ") + each.help + (f" ({'; '.join(notes)})" if notes else "")
-
-
-def _typed(value: Any) -> str:
-    """A value as it is typed on the command line."""
-    plain = _plain(value)
-    if isinstance(plain, list):
-        return " ".join(map(str, plain))
-    return str(int(plain)) if isinstance(plain, bool) else str(plain)

@@ -20,7 +20,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-PROJECT = Path(__file__).resolve().parent.parent
 QUIET_SECONDS = 60.0  # without bars, how often the console says where the run is
 _PACKAGES = ("__main__", "run", "learners", "models", "dataloaders", "utils")
 _VERSIONS = ("torch", "torchvision", "timm", "numpy")
@@ -94,7 +93,7 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _VERSIONS}}
-    return {"versions": versions, "git_commit": _git_commit(PROJECT), "hardware": hardware}
+    return {"versions": versions, "git_commit": _git_commit(Path(__file__).resolve().parents[1]), "hardware": hardware}
 
 
 def _git_commit(folder: Path) -> str | None:
@@ -131,14 +130,9 @@ def peak_memory_mb() -> dict[str, float]:
 
 
 def open_tensorboard(log_dir: Path) -> Any:
-    """A TensorBoard SummaryWriter for ``log_dir``; a ValueError where the package is missing says how to get it."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            "--tensorboard needs the package tensorboard, which is not installed: run `pip install tensorboard` "
-            "or leave the flag out"
-        ) from error
+    """A TensorBoard SummaryWriter for ``log_dir``."""
+    from torch.utils.tensorboard import SummaryWriter  # a package that few installations have
+
     return SummaryWriter(str(log_dir))
 
 
@@ -180,8 +174,7 @@ class Progress:
 
     def start_epoch(self, epoch: int, steps: int) -> None:
         """Begin epoch ``epoch`` (from 0) of ``steps`` batches."""
-        self._epoch, self._step, self._steps = epoch, 0, steps
-        self._epoch_speed = _Speed()
+        self._epoch, self._step, self._steps, self._epoch_speed = epoch, 0, steps, _Speed()
         self._draw()
 
     def step(self, images: int) -> None:

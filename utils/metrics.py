@@ -26,14 +26,7 @@ MEASURES = {
 
 
 class AccuracyMatrix:
-    """The lower triangle a[i][j] of one model and every measure made from it.
-
-    Args:
-        rows: rows learned so far, row i with i + 1 accuracies in %.
-
-    Raises:
-        ValueError: a row has the wrong length or a value is not a percentage.
-    """
+    """The lower triangle a[i][j] of one model and every measure made from it; ``rows`` as for :meth:`set_row`."""
 
     def __init__(self, rows: Iterable[Sequence[float]] = ()) -> None:
         self.rows: list[list[float]] = []
@@ -81,31 +74,18 @@ class AccuracyMatrix:
         tasks but the last; 0.0 after a single task.
         """
         *before, last = self.rows
-        return _mean_or_zero([max(row[j] for row in before[j:]) - last[j] for j in range(len(before))])
+        return statistics.fmean([max(row[j] for row in before[j:]) - last[j] for j in range(len(before))] or [0.0])
 
     @property
     def backward_transfer(self) -> float:
-        """Mean over all tasks but the last of a[T][j] − a[j][j], in points (Lopez-Paz and Ranzato 2017).
-
-        0.0 after a single task.
-        """
+        """Mean of a[T][j] − a[j][j] over all tasks but the last, in points (Lopez-Paz and Ranzato 2017), or 0.0."""
         *before, last = self.rows
-        return _mean_or_zero([last[j] - row[j] for j, row in enumerate(before)])
+        return statistics.fmean([last[j] - row[j] for j, row in enumerate(before)] or [0.0])
 
     def to_dict(self) -> dict[str, Any]:
         """The matrix and all measures under their names in metrics.json; at least one row must be there."""
-        measures = {name: getattr(self, name) for name in MEASURES}
-        rows = [list(row) for row in self.rows]
-        return {"accuracy_matrix": rows, "average_accuracy": self.average_accuracy, **measures}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AccuracyMatrix:
-        """The matrix of :meth:`to_dict`; a KeyError, TypeError or ValueError where ``values`` holds none."""
-        return cls(values["accuracy_matrix"])
-
-
-def _mean_or_zero(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else 0.0
+        measures = {name: getattr(self, name) for name in ("average_accuracy", *MEASURES)}
+        return {"accuracy_matrix": [list(row) for row in self.rows], **measures}
 
 
 def metrics_json(metrics: Mapping[str, Any]) -> str:

@@ -34,10 +34,8 @@ T = TypeVar("T")
 class Parallel:
     """One CPU or GPU, and the interface of the other two.
 
-    Args:
-        device: where batches go and parameters live.
-
     Attributes:
+        device: where batches go and parameters live.
         rank: index of this process.
         world_size: number of processes, each of which loads its rows of every global batch.
     """
@@ -86,16 +84,13 @@ class Parallel:
         problems, result = [], None
         try:
             result = action()
-        except ConfigError as error:
-            problems = error.problems
-        except RunFolderError as error:
-            problems = [str(error)]
+        except (ConfigError, RunFolderError) as error:
+            problems = error.problems if isinstance(error, ConfigError) else [str(error)]
         everyones = self.gather(problems)
         if any(everyones):
-            own = everyones[0]
-            others = [f"process {rank}: {each}" for rank, theirs in enumerate(everyones) for each in theirs]
-            others = [each for each in others if each.partition(": ")[2] not in own]
-            raise ConfigError([*own, *others] if self.is_main else [])
+            others = [(rank, each) for rank, theirs in enumerate(everyones) for each in theirs]
+            others = [f"process {rank}: {each}" for rank, each in others if each not in everyones[0]]
+            raise ConfigError(everyones[0] + others if self.is_main else [])
         return result
 
 
@@ -113,22 +108,16 @@ class SeveralGPUs(Parallel):
 class Distributed(Parallel):
     """One process of a ``torchrun`` group: DistributedDataParallel, nccl on GPUs and gloo on CPUs.
 
-    The first object joins the group, since a process can join only once; :func:`leave_group` leaves it.
-
-    Args:
-        device: this process's device.
-        timeout_s: seconds after which an exchange between processes without an answer ends with an error.
+    The first object joins the group, since a process can join only once; :func:`leave_group` leaves it. An exchange
+    between processes without an answer ends with an error after ``timeout_s`` seconds.
     """
 
     def __init__(self, device: torch.device, timeout_s: float) -> None:
         super().__init__(device)
         if not torch.distributed.is_initialized():
-            on_gpu = device.type == "cuda"
-            torch.distributed.init_process_group(
-                "nccl" if on_gpu else "gloo",
-                timeout=datetime.timedelta(seconds=timeout_s),
-                device_id=device if on_gpu else None,
-            )
+            backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+            timeout = datetime.timedelta(seconds=timeout_s)
+            torch.distributed.init_process_group(backend, timeout=timeout, device_id=device_id)
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
 
@@ -137,12 +126,8 @@ class Distributed(Parallel):
 
         Frozen weights are equal by their checksums, and a trained parameter starts as on rank 0.
         """
-        trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
-        with torch.no_grad():
-            start = nn.utils.parameters_to_vector(trained)
-            torch.distributed.broadcast(start, src=0)
-            for parameter, values in zip(trained, start.split([p.numel() for p in trained]), strict=True):
-                parameter.copy_(values.view_as(parameter))
+        for parameter in (parameter for parameter in step.parameters() if parameter.requires_grad):
+            torch.distributed.broadcast(parameter.detach(), src=0)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(step, device_ids=ids, init_sync=False, **_NO_BUFFERS)
 
@@ -208,7 +193,6 @@ def build_parallel(
     Args:
         device, gpuids: as for :func:`choose_device`.
         alone: do not join torchrun's group.
-        timeout_s: as for :class:`Distributed`.
     """
     in_group = "RANK" in os.environ and not alone
     chosen = choose_device(device, gpuids, int(os.environ.get("LOCAL_RANK", "0")) if in_group else 0)

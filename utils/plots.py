@@ -79,7 +79,7 @@ def curves_png(title: str, curves: Curves, limits: tuple[float, float], tasks: i
 def accuracy_limits(curves: Iterable[Sequence[float]]) -> tuple[float, float]:
     """A range (%) that holds all curves: at least 10 points, so that noise does not look like a trend.
 
-    It ends slightly beyond 0 and 100: no accuracy lies there, but a marker on the edge must be whole.
+    It ends slightly beyond 0 and 100, so that a marker on the edge is whole.
     """
     values = [value for curve in curves for value in curve]
     middle, half = (min(values) + max(values)) / 2, max(5.0, 0.58 * (max(values) - min(values)))
@@ -158,8 +158,7 @@ def _curves(title: str, curves: Curves, limits: tuple[float, float], tasks: int)
 def _heat_map(axes: Axes, rows: Sequence[Sequence[float]], size: tuple[int, int], **options: Any) -> Any:
     """Rows from the top, padded to ``size`` (rows, columns) with empty cells; both axes count from 1."""
     height, width = size
-    full = [[*row, *[math.nan] * (width - len(row))] for row in rows]
-    full += [[math.nan] * width] * (height - len(rows))
+    full = [[*row, *[math.nan] * (width - len(row))] for row in (*rows, *[()] * (height - len(rows)))]
     axes.grid(False)
     return axes.imshow(full, extent=(0.5, width + 0.5, height + 0.5, 0.5), **options)
 

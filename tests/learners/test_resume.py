@@ -60,7 +60,7 @@ class Interruption:
         for owner, name, kind in (
             (TaskTraining, "train_step", "step"),
             (EvalStep, "forward", "evaluation"),
-            (checkpoint, "write_beside", "write"),
+            (checkpoint, "write_atomic", "write"),
             (os, "replace", "replace"),
             (Path, "unlink", "unlink"),
         ):

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import checkpoint
 from utils.checkpoint import (
     LOCK,
     PREVIOUS_STATE,
@@ -142,6 +141,6 @@ class TestOwnership:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["args.yaml", "classes.json"]
 
     def test_unfinished_files_of_a_killed_process_are_removed(self, tmp_path):
-        checkpoint.write_beside(tmp_path / "classes.json", b"half")
+        (tmp_path / ".classes.json.unfinished").touch()
         with open_run(config_of(tmp_path)):
             assert [path.name for path in tmp_path.iterdir()] == [LOCK]

@@ -108,7 +108,6 @@ def test_the_hash_follows_the_settings_that_affect_results():
     assert make_config(same).settings_hash() == base.settings_hash()
     for change in ({"lr": 0.5}, {"KD_method": "DKD"}, {"precision": "bf16"}, {"random_s": 2}):
         assert make_config(change).settings_hash() != base.settings_hash()
-    assert make_config({"random_s": 2}).settings_hash(without_seed=True) == base.settings_hash(without_seed=True)
 
 
 def test_one_seed_of_a_repeat():

@@ -49,7 +49,7 @@ def test_measures_of_one_task():
 
 
 def test_matrix_is_read_back_and_rows_are_replaced():
-    matrix = AccuracyMatrix.from_dict(json.loads(json.dumps(AccuracyMatrix(ROWS).to_dict())))
+    matrix = AccuracyMatrix(json.loads(json.dumps(AccuracyMatrix(ROWS).to_dict()))["accuracy_matrix"])
     assert matrix.rows == ROWS
     matrix.set_row(2, [1, 2, 3])
     assert matrix.rows == [*ROWS[:2], [1.0, 2.0, 3.0]]

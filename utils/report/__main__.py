@@ -19,10 +19,9 @@ _log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    about = "Write one report over many runs: report.md, .csv, .tex and .html."
-    parser = argparse.ArgumentParser(prog="python -m utils.report", description=about)
+    parser = argparse.ArgumentParser(prog="python -m utils.report", description="Write one report over many runs.")
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="log_dir of a run, or a folder of runs")
-    parser.add_argument("--out", metavar="DIR", default="report", type=Path, help="for the report (%(default)s)")
+    parser.add_argument("--out", metavar="DIR", default="report", type=Path, help="for report.md, .csv, .tex and .html")
     arguments = parser.parse_args(argv)
     setup_logging(None)
     for folder in arguments.folders:
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"there is no run in {', '.join(map(str, arguments.folders))}: give a folder that holds some")
     tables = build_tables(runs)
     sections = compose(tables, runs, unused)
-    texts = {"md": markdown(sections), "csv": csv_text(tables), "tex": latex(tables), "html": html_page(sections)}
+    texts = {"md": markdown(sections), "csv": csv_text(tables), "tex": latex(sections), "html": html_page(sections)}
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         for ending, text in texts.items():  # names of folders may hold bytes that are not UTF-8
@@ -41,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"--out {arguments.out} cannot be written: {error}")
     complete = sum(run.complete for run in runs)
-    counts = f"{complete} complete and {len(runs) - complete} unfinished runs, {len(unused)} folders not used"
-    _log.info("%s; see %s", counts, arguments.out / "report.html")
+    counts = (complete, len(runs) - complete, len(unused))
+    _log.info("%d complete and %d unfinished runs, %d folders not used; see %s/report.html", *counts, arguments.out)
     return 0
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from utils.metrics import MEASURES
@@ -31,14 +31,15 @@ _ABOUT_PAPER = (
     "ViT-Base to ViT-Small, CODAPrompt)."
 )
 _NAMES = ("teacher → student", "learner")
-_RUN_NAMES = ("folder", "data", *_NAMES, "KD method", "seed")
-_RUN_RESULTS = ("tasks", "accuracy (%)", "forgetting", "teacher (%)", "time", "state")
-_CSV_NAMES = "dataset t_model s_model learner_name KD_method kd_prompt_param settings seeds n unfinished".split()
+_RUN = ("folder", "data", *_NAMES, "KD method", "seed", "tasks", "accuracy (%)", "forgetting", "teacher (%)", "time")
+_CSV_NAMES = "dataset t_model s_model learner_name KD_method kd_prompt_param settings seeds n unfinished"
 _CSV_MEASURES = (*((name, "student") for name in MEASURES), ("final_average_accuracy", "teacher"))
-_CSV_OTHERS = (
-    "paper_accuracy paper_forgetting difference_accuracy difference_forgetting "
-    "gain_over_none_mean gain_over_none_std gain_over_none_n"
-).split()
+_CSV_OTHERS = "paper_accuracy paper_forgetting difference_accuracy difference_forgetting"
+_CSV_GAINS = "gain_over_none_mean gain_over_none_std gain_over_none_n"
+_CAPTION = (
+    r"average accuracy (\%) / forgetting (points) of the student, mean$_{\pm\mathrm{std}}$ over $n$ seeds; paper: the "
+    "project page of arXiv 2407.13911."
+)
 _TEX = str.maketrans(
     {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
     | {">": r"\textgreater{}", "±": r"$\pm$", "−": "$-$", "–": "--", "→": r"$\to$"}
@@ -72,15 +73,13 @@ def compose(
     has_paper = any(cell.paper for lines in tables.values() for line in lines for cell in line.cells.values())
     sections = [Section(1, TITLE, f"{ABOUT} {_ABOUT_PAPER}" if has_paper else ABOUT)]
     for dataset, lines in tables.items():
-        sections += [_results(dataset, lines), *_gains(lines)]
-        for line in lines:
-            if line.runs:
-                sections.append(Section(3, f"{line.row.models}, {line.name}: accuracy after each task", curves=line))
-    sections.append(Section(2, "Runs", head=(*_RUN_NAMES, *_RUN_RESULTS), rows=[_run(run) for run in runs]))
-    if unused:
-        rows = [[[Text(folder)], [Text(reason)]] for folder, reason in unused]
-        sections.append(Section(2, "Folders not used", head=("folder", "reason"), rows=rows))
-    return sections
+        sections += [_results(dataset, lines), _gains(lines)]
+        for line in (line for line in lines if line.runs):
+            sections.append(Section(3, f"{line.row.models}, {line.name}: accuracy after each task", curves=line))
+    sections.append(Section(2, "Runs", head=(*_RUN, "state"), rows=[_run(run) for run in runs]))
+    rows = [[[Text(folder)], [Text(reason)]] for folder, reason in unused]
+    sections.append(Section(2, "Folders not used", head=("folder", "reason"), rows=rows))
+    return [section for section in sections if section.rows or not section.head]
 
 
 def _results(dataset: str, lines: Sequence[Line]) -> Section:
@@ -92,15 +91,14 @@ def _results(dataset: str, lines: Sequence[Line]) -> Section:
     return Section(2, dataset, "", [*_NAMES, *lines[0].cells, "teacher"], rows, leading=2)
 
 
-def _gains(lines: Sequence[Line]) -> list[Section]:
+def _gains(lines: Sequence[Line]) -> Section:
     gains = [(line, line.gains()) for line in lines if line.gains()]
     columns = [column for column in lines[0].cells if any(column in of for _, of in gains)]
     rows = []
     for line, of in gains:
         texts = [f"{spread(of[column], '+')} (n = {of[column][2]})" if column in of else "" for column in columns]
         rows.append([*_names(line), *([Text(text)] for text in texts)])
-    section = Section(3, "Compared with no distillation", _ABOUT_GAINS, [*_NAMES, *columns], rows, leading=2)
-    return [section] if gains else []
+    return Section(3, "Compared with no distillation", _ABOUT_GAINS, [*_NAMES, *columns], rows, leading=2)
 
 
 def _names(line: Line) -> list[list[Text]]:
@@ -112,7 +110,7 @@ def _cell(cell: Cell, style: str) -> list[Text]:
     texts = []
     if cell.complete:
         accuracy, forgetting = spread(cell.measure("final_average_accuracy")), spread(cell.measure("forgetting"))
-        texts += [Text(accuracy, style), Text(f"/ {forgetting}", "aside"), Text(f"(n = {len(cell.complete)})", "aside")]
+        texts += [Text(accuracy, style), Text(f"/ {forgetting}", "aside"), Text(f"(n = {len(cell.complete)})", "small")]
     if cell.paper:
         texts.append(Text(f"paper {pair(cell.paper)}", "small"))
     if cell.difference():
@@ -127,9 +125,9 @@ def _run(run: Run) -> list[list[Text]]:
     names = [run.folder, run.row.dataset, run.row.models, run.row.learner, run.column, str(run.seed)]
     tasks = Text(f"{run.tasks_done} of {run.num_tasks}", "value")
     teacher = run.models["teacher"]["final_average_accuracy"] if "teacher" in run.models else None
-    numbers = [_number(value) for value in (run.accuracy, run.models["student"]["forgetting"], teacher)]
+    results = [*map(_number, (run.accuracy, run.models["student"]["forgetting"], teacher)), run.time]
     state = Text("complete") if run.complete else Text("unfinished", "mark")
-    return [[text] for text in (*map(Text, names), tasks, *map(Text, numbers), Text(run.time), state)]
+    return [[text] for text in (*map(Text, names), tasks, *map(Text, results), state)]
 
 
 def _number(value: float | None, sign: str = "", missing: str = "") -> str:
@@ -155,7 +153,7 @@ def markdown(sections: Sequence[Section]) -> str:
             lines += [f"{'#' * section.level} {_md(section.title)}", ""]
             lines += [_md(section.about), ""] if section.about else []
             head = [[_md(title) for title in section.head], ["---"] * len(section.head)] if section.head else []
-            rows = [*head, *([_md_cell(cell) for cell in row] for row in section.rows)]
+            rows = [*head, *([_join(cell, _md_text, "<br>") for cell in row] for row in section.rows)]
             lines += [*("| " + " | ".join(row) + " |" for row in rows), ""]
     return "\n".join(lines)
 
@@ -164,10 +162,38 @@ def _md(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", " ".join(text.split()))
 
 
-def _md_cell(texts: Sequence[Text]) -> str:
-    pieces = [f"**{text}**" if style == "best" else _md(text) for text, style in texts]
-    breaks = ["", *(" " if style == "aside" else "<br>" for _, style in texts[1:])]
-    return "".join(itertools.chain(*zip(breaks, pieces, strict=False)))
+def _md_text(piece: Text) -> str:
+    return f"**{piece.text}**" if piece.style == "best" else _md(piece.text)
+
+
+def _join(cell: Sequence[Text], write: Callable[[Text], str], line_break: str) -> str:
+    """The text of a cell, in which a piece "aside" stays on the line of the one before it."""
+    breaks = ["", *(" " if piece.style == "aside" else line_break for piece in cell[1:])]
+    return "".join(before + write(piece) for before, piece in zip(breaks, cell, strict=False))
+
+
+def latex(sections: Sequence[Section]) -> str:
+    """The text of report.tex: one table over both columns per data set, which needs no package."""
+    lines = [f"% {_tex(section.about)}" for section in sections if section.level == 1]
+    for section in (section for section in sections if section.level == 2 and section.leading == 2):
+        columns = "ll" + "c" * (len(section.head) - 2)
+        lines += [r"\begin{table*}", r"\centering", r"\fontsize{6}{7}\selectfont", r"\setlength{\tabcolsep}{2pt}"]
+        lines += [rf"\caption{{{_tex(section.title)}: {_CAPTION}}}", rf"\begin{{tabular}}{{{columns}}}", r"\hline"]
+        for row in [[[Text(title)] for title in section.head], *section.rows]:
+            cells = [_join(cell, _tex_text, r"\\") for cell in row]
+            cells = [rf"\shortstack{{{cell}}}" if r"\\" in cell else cell for cell in cells]
+            lines.append(" & ".join(cells) + r" \\ \hline")
+        lines += [r"\end{tabular}", r"\end{table*}", ""]
+    return "\n".join(lines)
+
+
+def _tex_text(piece: Text) -> str:
+    return rf"\textbf{{{_tex(piece.text)}}}" if piece.style == "best" else _tex(piece.text)
+
+
+def _tex(text: str) -> str:
+    """Deviations are small and below the line: with 6 pt letters six columns of two numbers each fit a page."""
+    return re.sub(r" \$\\pm\$ ([0-9.]+)", r"$_{\\pm \1}$", text.translate(_TEX))
 
 
 def csv_text(tables: Mapping[str, Sequence[Line]]) -> str:
@@ -175,7 +201,7 @@ def csv_text(tables: Mapping[str, Sequence[Line]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     measures = [f"{role}_{name}_{part}" for name, role in _CSV_MEASURES for part in ("mean", "std")]
-    writer.writerow([*_CSV_NAMES, *measures, *_CSV_OTHERS])
+    writer.writerow([*_CSV_NAMES.split(), *measures, *_CSV_OTHERS.split(), *_CSV_GAINS.split()])
     for line in itertools.chain(*tables.values()):
         gains = line.gains()
         for column, cell in line.cells.items():
@@ -189,58 +215,3 @@ def csv_text(tables: Mapping[str, Sequence[Line]]) -> str:
             numbers += gains.get(column, (None, None, None))
             writer.writerow(texts + ["" if number is None else f"{number:.6g}" for number in numbers])
     return out.getvalue()
-
-
-def latex(tables: Mapping[str, Sequence[Line]]) -> str:
-    """The text of report.tex: one table over both columns per data set, which needs no package."""
-    lines = [f"% {_tex(text)}" for text in (ABOUT, _ABOUT_PAPER)]
-    for dataset, table in tables.items():
-        cells = [cell for line in table for cell in line.cells.values()]
-        caption = rf"{_tex(dataset)}: average accuracy (\%) / forgetting (points) of the student"
-        caption += r", mean$_{\pm\mathrm{std}}$ over seeds" if any(len(cell.complete) > 1 for cell in cells) else ""
-        caption += "; paper: the project page of arXiv 2407.13911" if any(cell.paper for cell in cells) else ""
-        caption += "; $^*$: unfinished runs do not count" if any(cell.unfinished for cell in cells) else ""
-        head = ["Pair", "Learner", "", *map(_tex, table[0].cells)]
-        lines += [r"\begin{table*}", r"\centering", r"\fontsize{6}{7}\selectfont", r"\setlength{\tabcolsep}{2pt}"]
-        lines += [rf"\caption{{{caption}.}}", rf"\begin{{tabular}}{{lll{'c' * len(table[0].cells)}}}"]
-        lines += [r"\hline", " & ".join(head) + r" \\"]
-        for models, group in itertools.groupby(table, key=lambda line: line.row.models):
-            lines.append(r"\hline")
-            for line in group:
-                lines += _tex_rows(line, models)
-                models = ""
-        lines += [r"\hline", r"\end{tabular}", r"\end{table*}", ""]
-    return "\n".join(lines)
-
-
-def _tex(text: str) -> str:
-    return text.translate(_TEX)
-
-
-def _tex_rows(line: Line, models: str) -> list[str]:
-    """Up to four rows: ours, its number of seeds, the paper's and the difference, where there are any."""
-    best, cells = line.best(), line.cells.values()
-    parts = {
-        "ours": [_tex_ours(cell, column == best) for column, cell in line.cells.items()],
-        "seeds": [str(len(cell.complete) or "") for cell in cells],
-        "paper": [_tex(pair(cell.paper)) for cell in cells],
-        "difference": [_tex(pair(cell.difference(), "+")) for cell in cells],
-    }
-    leading, rows = [_tex(models), _tex(line.name)], []
-    for part, texts in parts.items():
-        if any(texts):
-            rows.append(" & ".join([*leading, part, *texts]) + r" \\")
-            leading = ["", ""]
-    return rows
-
-
-def _tex_ours(cell: Cell, best: bool) -> str:
-    accuracy, forgetting = (_tex_spread(cell.measure(name)) for name in ("final_average_accuracy", "forgetting"))
-    accuracy = rf"\textbf{{{accuracy}}}" if best else accuracy
-    return (f"{accuracy} / {forgetting}" if cell.complete else "") + ("$^*$" if cell.unfinished else "")
-
-
-def _tex_spread(measured: Pair | None) -> str:
-    """The deviation small below the line: with 6 pt letters six columns of two numbers each fit a page."""
-    mean, _, deviation = spread(measured).partition(" ± ")
-    return _tex(mean) + (rf"$_{{\pm {deviation}}}$" if deviation else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-from collections import defaultdict
 from collections.abc import Sequence
 
 from utils.plots import accuracy_limits, curves_png
@@ -16,13 +15,11 @@ _HEAD = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <link rel="icon" href="data:,">
 <title>{title}</title>
 <style>
-body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 0 auto; max-width: 1500px;
-  padding: 0 16px 40px }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 0 auto; max-width: 1500px; padding: 0 16px 40px }
 h1 { font-size: 1.6em }
 h2 { font-size: 1.3em; margin-top: 2em; border-bottom: 2px solid #0072b2 }
 h3 { font-size: 1.05em; margin: 1.8em 0 .4em }
@@ -33,12 +30,10 @@ th, td { border-bottom: 1px solid #ddd; padding: 5px; text-align: left; vertical
 tbody th { overflow-wrap: anywhere; min-width: 7em }
 tbody th + th { min-width: 8em }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom }
-thead th:not(:first-child), .best, .value { white-space: nowrap }
+thead th:not(:first-child), .best, .value, td .small, .aside { white-space: nowrap }
 .best { background: #cfe6f3; font-weight: bold }
-.aside, .small, .mark { display: block; font-size: 12px; font-weight: normal }
-.aside, .small { color: #555 }
+.aside, .small, .mark { display: block; font-size: 12px; font-weight: normal; color: #555 }
 .mark { color: #a33c00 }
-td .small, .aside { white-space: nowrap }
 .curves { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)) }
 figure { margin: 0 }
 img { max-width: 100%; height: auto; display: block }
@@ -96,12 +91,11 @@ def _curves(line: Line) -> list[str]:
     limits = accuracy_limits(model["average_accuracy"] for run in line.runs for model in run.models.values())
     tasks = max(run.num_tasks for run in line.runs)
     figures = []
-    for column, cell in line.cells.items():
-        if not cell.runs:
-            continue
-        curves = defaultdict(list)
-        for role, model in (item for run in cell.runs for item in run.models.items()):
-            curves[role].append(model["average_accuracy"])
+    for column, cell in ((column, cell) for column, cell in line.cells.items() if cell.runs):
+        curves = {
+            role: [run.models[role]["average_accuracy"] for run in cell.runs if role in run.models]
+            for role in ("teacher", "student")
+        }
         picture = base64.b64encode(curves_png(column, curves, limits, tasks)).decode()
         alt = f"{column}: accuracy on the tasks seen, after each task; {len(cell.runs)} runs and their mean"
         figures.append(f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{picture}"></figure>')

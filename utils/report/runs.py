@@ -117,7 +117,7 @@ def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
         column=" ".join([method, *map(str, settings["kd_prompt_param"])]) if method == TOKEN_METHOD else method,
         seed=int(metrics["seed"]),
         num_tasks=num_tasks,
-        models={role: AccuracyMatrix.from_dict(metrics[role]).to_dict() for role in roles},
+        models={role: AccuracyMatrix(metrics[role]["accuracy_matrix"]).to_dict() for role in roles},
         time=_time(folder, roles),
         like_the_paper=papers_stream and papers_test_set,
     )
