@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from dataloaders.base import DataError, read_image
 from dataloaders.build import build_stream
 from dataloaders.check import check_stream
 from dataloaders.transforms import EvalTransform, to_unit
+from learners.build import Run, build_run
 from learners.meter import NonFiniteError, TrainingError
 from learners.results import check_same_data, data_info
 from models.backbones import BackboneError
@@ -26,9 +27,6 @@ from utils.config import Config, ConfigError
 from utils.logging import setup_logging
 from utils.metrics import AccuracyMatrix, summary_table
 from utils.parallel import build_parallel, choose_device
-
-if TYPE_CHECKING:
-    from learners.build import Run
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +74,7 @@ def evaluate(
         totals = torch.zeros(len(rows) + 1, dtype=torch.int64, device=parallel.device)
         for images, targets in run.data.test(past):
             result = step(images, targets, seen)
-            # On several replicas there is one element for each.
+            # One element for each replica.
             totals += torch.stack([*(result.correct[role].sum() for role in rows), result.not_finite.sum()])
             if parallel.world_size == 1:
                 between()
@@ -96,6 +94,7 @@ def evaluate(
 def _usage(run: Run, task: int) -> dict[str, dict[str, list[float]]]:
     """Mean use of the pools' entries by the test images of ``task``."""
     vit, parallel = run.learner.query_vit, run.parallel
+    # A process may have none of the images.
     queries = [vit(vit.embed(images)).cls.float() for images, _ in run.data.test(task)]
     query = torch.cat(queries) if queries else torch.zeros(0, vit.embed_dim, device=parallel.device)
     return {
@@ -120,17 +119,9 @@ def run_action(config: Config) -> int:
         ConfigError: the data cannot be read; or the folder holds no finished task, or a damaged one.
     """
     setup_logging(None)
-    folder = RunFolder(config.log_dir) if config.log_dir is not None else None
+    actions = {"check_data": _check_data, "eval_only": _evaluate_again, "export": _export, "predict": _predict}
     try:
-        match config.action:
-            case "check_data":
-                return _check_data(config)
-            case "eval_only":
-                return _evaluate_again(config, folder)
-            case "export":
-                return _export(config, folder)
-            case _:
-                return _predict(config, folder)
+        return actions[config.action](config)
     except (RunFolderError, BackboneError, DataError) as error:
         raise ConfigError([str(error)]) from error
     except TrainingError as error:
@@ -143,8 +134,7 @@ def _check_data(config: Config) -> int:
     size = known_size(config.student_model)
     stream = build_stream(config.data, seed=config.seed, image_size=size.image_size if size else 224)
     report = check_stream(stream, config.data.dataset)
-    json.dump(report, sys.stdout, indent=1)
-    sys.stdout.write("\n")
+    sys.stdout.write(json.dumps(report, indent=1) + "\n")
     return 1 if report["bad"] else 0
 
 
@@ -159,11 +149,10 @@ def tasks_done(folder: RunFolder) -> int:
     return folder.read_json(METRICS)["tasks_done"]
 
 
-def _evaluate_again(config: Config, folder: RunFolder) -> int:
+def _evaluate_again(config: Config) -> int:
     """Reproduce the accuracy matrices; exit code 1 when they differ from the recorded ones."""
-    from learners.build import build_run
-
     check_settings(config, resume=False)
+    folder = RunFolder(config.log_dir)
     run = build_run(config, build_parallel(config.device, config.gpuid, alone=True), folder.root)
     learner = run.learner
     check_same_data(data_info(run.stream, {role: b.sha256 for role, b in run.backbones.items()}), folder)
@@ -178,7 +167,10 @@ def _evaluate_again(config: Config, folder: RunFolder) -> int:
     run.data.close()
     measured = {role: matrix.to_dict() for role, matrix in matrices.items()}
     _log.info("%s", summary_table(measured.get("teacher"), measured["student"]))
-    worst = _largest_difference(measured, folder.read_json(METRICS))
+    recorded = folder.read_json(METRICS)
+    old = np.concatenate([row for role in measured for row in recorded[role]["accuracy_matrix"]])
+    new = np.concatenate([row for role in measured for row in measured[role]["accuracy_matrix"]])
+    worst = np.abs(new - old).max()
     if worst < 1e-6:  # metrics.json keeps ten digits
         _log.info("The accuracy matrices equal the recorded ones.")
         return 0
@@ -186,35 +178,22 @@ def _evaluate_again(config: Config, folder: RunFolder) -> int:
     return 1
 
 
-def _largest_difference(measured: Mapping[str, Any], recorded: Mapping[str, Any]) -> float:
-    """Between the accuracy matrices of two ``metrics.json``."""
-    pairs = [(measured[role]["accuracy_matrix"], recorded[role]["accuracy_matrix"]) for role in measured]
-    return max(
-        abs(new - old)
-        for new_matrix, old_matrix in pairs
-        for new_row, old_row in zip(new_matrix, old_matrix, strict=True)
-        for new, old in zip(new_row, old_row, strict=True)
-    )
-
-
-def _export(config: Config, folder: RunFolder) -> int:
+def _export(config: Config) -> int:
     """Write the student after the last learned task for use elsewhere."""
-    from learners.export import export, refuse_foreign, trained_student
+    from learners.export import export, trained_student  # which imports this module
 
-    refuse_foreign(config.export)
-    classifier, metadata = trained_student(config, folder)
-    export(classifier, metadata, config.export)
+    export(*trained_student(config), config.export)
     _log.info("Wrote %s and %s", config.export, config.export.with_suffix(".json").name)
     return 0
 
 
 @torch.no_grad()
-def _predict(config: Config, folder: RunFolder) -> int:
+def _predict(config: Config) -> int:
     """Print the ``--top`` classes of each image with their probabilities."""
     from learners.export import trained_student
 
     device = choose_device(config.device, config.gpuid)
-    classifier, metadata = trained_student(config, folder)
+    classifier, metadata = trained_student(config)
     classifier.to(device)
     for path in config.predict:
         logits = classifier(_load_image(path, metadata).to(device))
