@@ -49,8 +49,7 @@ class Run:
 def build_run(config: Config, parallel: Parallel, resumed_dir: Path | None = None) -> Run:
     """Build all objects of a run; ``resumed_dir`` is its ``log_dir`` if it has started before.
 
-    Raises:
-        ConfigError: data or weights are missing or damaged, or sizes do not fit.
+    Raises ConfigError if data or weights are missing or damaged, or sizes do not fit.
     """
     set_precision(config.precision)
     try:

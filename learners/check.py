@@ -37,8 +37,7 @@ def load_checked_config(argv: Sequence[str]) -> Config:
         raise ConfigError([f"packages are missing ({', '.join(missing)}): {way_out}"])
     parsed = parse_config(argv)
     config = parsed.config()
-    problems = parsed.problems + check(config, parsed.invalid_keys)
-    if problems:
+    if problems := parsed.problems + check(config, parsed.invalid_keys):
         raise ConfigError(problems)
     if config.prompt_param is None:
         config = dataclasses.replace(config, prompt_param=PROMPTS[config.learner_name].paper)
@@ -174,10 +173,8 @@ def _process_problems(config: Config) -> list[str]:
     if "RANK" not in os.environ or config.action != "train":
         return []
     if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        return [
-            f"RANK is set, but not {', '.join(missing)}: start the processes by torchrun (experiments/torchrun.sh),"
-            " or unset RANK to train in a single process"
-        ]
+        way_out = "start the processes by torchrun (experiments/torchrun.sh), or unset RANK to train in one process"
+        return [f"RANK is set, but not {', '.join(missing)}: {way_out}"]
     if config.device == "mps":
         return ["--device mps works in a single process: leave torchrun out, or use --gpuid -1 for the CPU"]
     if config.device == "cpu" or config.gpuid == (-1,):
@@ -186,10 +183,8 @@ def _process_problems(config: Config) -> list[str]:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if gpus and processes > gpus:
         where = "of --gpuid" if config.gpuid else "on this machine"
-        return [
-            f"{processes} processes on this machine need a GPU each, but there are {gpus} {where}: start at most {gpus}"
-            " (torchrun --nproc_per_node), or use --gpuid -1 for the CPU"
-        ]
+        way_out = f"start at most {gpus} (torchrun --nproc_per_node), or use --gpuid -1 for the CPU"
+        return [f"{processes} processes on this machine need a GPU each, but there are {gpus} {where}: {way_out}"]
     return []
 
 

@@ -51,18 +51,20 @@ def load_model(folder: RunFolder, role: str, task: int, load: Callable[[dict[str
         raise RunFolderError(f"{folder.root / name} does not fit the settings in args.yaml: {reason}") from error
 
 
-@torch.inference_mode()
-def evaluate(
-    run: Run, task: int, between: Callable[[], None] = lambda: None
-) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
-    """Accuracies after ``task`` (from 0).
+def tasks_done(folder: RunFolder) -> int:
+    """Number of tasks whose models and results are saved (raises RunFolderError where there is none)."""
+    if not (folder.root / METRICS).exists():
+        raise RunFolderError(f"{folder.root} holds no learned task yet")
+    return folder.read_json(METRICS)["tasks_done"]
 
-    Args:
-        between: called now and then, by all processes equally often.
+
+@torch.inference_mode()
+def evaluate(run: Run, task: int, between: Callable[[], None] = lambda: None) -> tuple[dict, dict]:
+    """Measure the models after ``task`` (from 0), and call ``between`` now and then, in all processes equally often.
 
     Returns:
-        For each role the accuracy (%) on tasks 0 … ``task``, top 1 over all classes seen; and for each role
-        the mean use of the pool's entries by the newest task's test images, by layer.
+        By role the accuracies (%) on tasks 0 … ``task``, top 1 over all classes seen; and by role and layer the mean
+        use of the pool's entries by the test images of ``task``.
 
     Raises:
         NonFiniteError: a logit is infinite or not a number.
@@ -92,28 +94,21 @@ def evaluate(
 
 
 def _usage(run: Run, task: int) -> dict[str, dict[str, list[float]]]:
-    """Mean use of the pools' entries by the test images of ``task``."""
     vit, parallel = run.learner.query_vit, run.parallel
-    # A process may have none of the images.
-    queries = [vit(vit.embed(images)).cls.float() for images, _ in run.data.test(task)]
-    query = torch.cat(queries) if queries else torch.zeros(0, vit.embed_dim, device=parallel.device)
-    return {
-        role: {
-            layer: (parallel.sum(total).cpu().double() / run.stream.test_size(task)).tolist()
-            for layer, total in model.prompt.usage(query).items()
-        }
-        for role, model in run.learner.models.items()
-    }
+    queries = [torch.zeros(0, vit.embed_dim, device=parallel.device)]  # a process may have no image
+    queries += [vit(vit.embed(images)).cls.float() for images, _ in run.data.test(task)]
+    usage: dict[str, dict[str, list[float]]] = {role: {} for role in run.learner.roles}
+    for role, model in run.learner.models.items():
+        for layer, total in model.prompt.usage(torch.cat(queries)).items():
+            usage[role][layer] = (parallel.sum(total).cpu().double() / run.stream.test_size(task)).tolist()
+    return usage
 
 
 # ----------------------------------------------------------------------------------------------- of finished runs
 
 
 def run_action(config: Config) -> int:
-    """Check data, or evaluate, export or use the models of ``config.log_dir``.
-
-    Returns:
-        Exit code of the process.
+    """Check data, or evaluate, export or use the models of ``config.log_dir``; returns the exit code.
 
     Raises:
         ConfigError: the data cannot be read; or the folder holds no finished task, or a damaged one.
@@ -138,17 +133,6 @@ def _check_data(config: Config) -> int:
     return 1 if report["bad"] else 0
 
 
-def tasks_done(folder: RunFolder) -> int:
-    """Number of tasks whose models and results are saved.
-
-    Raises:
-        RunFolderError: there is none, or ``metrics.json`` is damaged.
-    """
-    if not (folder.root / METRICS).exists():
-        raise RunFolderError(f"{folder.root} holds no learned task yet")
-    return folder.read_json(METRICS)["tasks_done"]
-
-
 def _evaluate_again(config: Config) -> int:
     """Reproduce the accuracy matrices; exit code 1 when they differ from the recorded ones."""
     check_settings(config, resume=False)
@@ -165,12 +149,10 @@ def _evaluate_again(config: Config) -> int:
         for role, row in rows.items():
             matrices[role].set_row(task, row)
     run.data.close()
-    measured = {role: matrix.to_dict() for role, matrix in matrices.items()}
+    measured, recorded = {role: matrix.to_dict() for role, matrix in matrices.items()}, folder.read_json(METRICS)
     _log.info("%s", summary_table(measured.get("teacher"), measured["student"]))
-    recorded = folder.read_json(METRICS)
-    old = np.concatenate([row for role in measured for row in recorded[role]["accuracy_matrix"]])
-    new = np.concatenate([row for role in measured for row in measured[role]["accuracy_matrix"]])
-    worst = np.abs(new - old).max()
+    pairs = [(matrix.rows, recorded[role]["accuracy_matrix"]) for role, matrix in matrices.items()]
+    worst = max(np.abs(np.concatenate(new) - np.concatenate(old)).max() for new, old in pairs)
     if worst < 1e-6:  # metrics.json keeps ten digits
         _log.info("The accuracy matrices equal the recorded ones.")
         return 0

@@ -53,7 +53,22 @@ def trained_student(config: Config) -> tuple[StudentClassifier, dict[str, Any]]:
     """
     check_settings(config, resume=False)
     folder = RunFolder(config.log_dir)
-    metadata = student_metadata(config, folder.read_json(CLASSES), tasks_done(folder) - 1)
+    info, task = folder.read_json(CLASSES), tasks_done(folder) - 1
+    seen = info["ranges"][task][1]
+    metadata = {
+        "format": 1,
+        "backbone": config.student_model,
+        "learner_name": config.learner_name,
+        "prompt_param": list(config.prompt_param),
+        "KD_method": config.distill.method,
+        "kd_prompt_param": list(config.distill.prompt_param),
+        "kd_alpha": config.distill.alpha,
+        **{key: info[key] for key in ("num_classes", "num_tasks", "image_size", "test_crop")},
+        "task": task,
+        "classes_seen": seen,
+        "class_names": info["class_names"][:seen],
+        "input": "RGB images [B, 3, H, W] in [0, 1], without mean and standard deviation",
+    }
     backbone = load_backbone(config.student_model, weights=config.student_weights)
     check_same_data({"backbone_sha256": {"student": backbone.sha256}}, folder)
     classifier = build_student(metadata, backbone.vit)
@@ -65,30 +80,8 @@ def trained_student(config: Config) -> tuple[StudentClassifier, dict[str, Any]]:
         if not distiller.needs_blocks:  # else it has only parts for training
             distiller.load_state_dict({key: value for key, value in state.items() if key not in own})
 
-    load_model(folder, "student", metadata["task"], load)
+    load_model(folder, "student", task, load)
     return classifier, metadata
-
-
-def student_metadata(config: Config, data_info: dict[str, Any], task: int) -> dict[str, Any]:
-    """All that rebuilding the student after ``task`` (from 0) needs besides tensors; ``data_info`` is the run's."""
-    seen = data_info["ranges"][task][1]
-    return {
-        "format": 1,
-        "backbone": config.student_model,
-        "learner_name": config.learner_name,
-        "prompt_param": list(config.prompt_param),
-        "KD_method": config.distill.method,
-        "kd_prompt_param": list(config.distill.prompt_param),
-        "kd_alpha": config.distill.alpha,
-        "num_classes": data_info["num_classes"],
-        "num_tasks": data_info["num_tasks"],
-        "task": task,
-        "classes_seen": seen,
-        "class_names": data_info["class_names"][:seen],
-        "image_size": data_info["image_size"],
-        "input": "RGB images [B, 3, H, W] in [0, 1], without mean and standard deviation",
-        "test_crop": data_info["test_crop"],
-    }
 
 
 def build_student(metadata: dict[str, Any], vit: PromptedViT) -> StudentClassifier:

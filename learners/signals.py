@@ -7,11 +7,7 @@ import signal
 
 
 class StoppedError(BaseException):
-    """The run was asked to stop, and nothing of it is lost.
-
-    Like KeyboardInterrupt it is no Exception, so handlers of errors let it pass. ``exit_code`` is 128 + the number of
-    the signal.
-    """
+    """The run was asked to stop; like KeyboardInterrupt it is no Exception, so that handlers of errors let it pass."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; the same command resumes from here")
@@ -25,16 +21,13 @@ class Signals:
     consistent at any moment); SIGUSR1 asks to save and continue. Before :meth:`finish_steps` there is nothing to
     finish: :class:`StoppedError` is raised at once, wherever the process is.
 
-    Attributes:
-        stop: number of the signal that asked to stop, or 0.
-        save: whether to save at the next opportunity.
+    ``stop`` is the number of the signal that asked to stop, or 0; ``save`` asks to save at the next opportunity.
     """
 
     def __init__(self) -> None:
         self.stop = 0
         self.save = False
         self._at_once = True
-        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
