@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,20 +31,12 @@ from utils.seed import seeded
 
 REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# More graphs than any run needs of a step with --compile: one or two for each task.
-_GRAPHS = 10_000
-
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Run:
-    """The objects of a run.
-
-    Attributes:
-        backbones: by role.
-        num_tasks: tasks to learn (``max_task`` may stop early).
-    """
+    """The objects of a run: among them backbones by role, and the number of tasks to learn (see ``max_task``)."""
 
     parallel: Parallel
     stream: TaskStream
@@ -56,18 +47,10 @@ class Run:
 
 
 def build_run(config: Config, parallel: Parallel, resumed_dir: Path | None = None) -> Run:
-    """Build all objects of a run.
+    """Build all objects of a run; ``resumed_dir`` is its ``log_dir`` if it has started before.
 
-    Args:
-        config: what to build.
-        parallel: where it runs.
-        resumed_dir: ``log_dir`` of the run if it has started before.
-
-    Raises:
-        ConfigError: data or weights are missing or damaged, or sizes do not fit.
+    Raises ConfigError if data or weights are missing or damaged, or sizes do not fit.
     """
-    if config.device == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(["--device mps: this torch or this Mac has no mps; use --gpuid -1 for the CPU"])
     set_precision(config.precision)
     try:
         backbones = load_backbones(config)
@@ -112,46 +95,38 @@ def build_learner(
 ) -> TeacherStudentLearner:
     """Teacher, student and KD method of a configuration.
 
-    Every tensor's start is drawn from the seed, each part from a stream of its own, so that equal parts start equal
-    whatever else the run has.
+    The initial values of each part come from a random stream of its own, so equal parts start equal whatever else the
+    run has.
 
     Args:
-        config: names of pool and KD method, and their parameters.
         vits: backbones by role; the student's also gives the query. A KD method without teacher ignores the teacher's.
-        num_classes: C.
-        num_tasks: T.
-        parallel: where it runs.
 
     Raises:
-        ConfigError: sizes or ``--prompt_param`` do not fit.
+        ConfigError: the sizes of the two backbones do not fit each other or the KD method.
     """
-    entry = DISTILLERS[config.distill.method]
-    student_vit, teacher_vit = vits["student"], vits["teacher"] if entry.needs_teacher else None
-    sizes = {"teacher": teacher_vit and size_of(teacher_vit), "student": size_of(student_vit)}
-    prompts, problems = PROMPTS[config.learner_name].parse(config.prompt_param, num_tasks)
-    problems = [f"--prompt_param of {config.learner_name}: {problem}" for problem in problems]
-    problems += model_problems(config.distill, sizes["teacher"], sizes["student"])
-    if problems:
+    entry, pool = DISTILLERS[config.distill.method], PROMPTS[config.learner_name]
+    vits = {role: vits[role] for role in (("teacher", "student") if entry.needs_teacher else ("student",))}
+    sizes = {role: size_of(vit) for role, vit in vits.items()}
+    student, teacher = sizes["student"], sizes.get("teacher")
+    if problems := model_problems(config.distill, teacher, student):
         raise ConfigError(problems)
-
-    def build_model(role: str, vit: PromptedViT) -> PromptedModel:
-        dims = PromptDims(student_vit.embed_dim, vit.embed_dim, vit.depth, num_tasks)
+    prompts, _ = pool.parse(config.prompt_param, num_tasks)
+    models = {}
+    for role, vit in vits.items():
+        dims = PromptDims(student.embed_dim, vit.embed_dim, vit.depth, num_tasks)
         with seeded(config.seed, "init", role):
-            return PromptedModel(vit, PROMPTS.load(config.learner_name)(dims=dims, **prompts), num_classes)
-
-    teacher = build_model("teacher", teacher_vit) if entry.needs_teacher else None
-    student = build_model("student", student_vit)
+            models[role] = PromptedModel(vit, pool.load()(dims=dims, **prompts), num_classes)
     dims = DistillDims(
-        student_dim=student_vit.embed_dim,
-        teacher_dim=teacher_vit.embed_dim if entry.needs_teacher else 0,
-        student_depth=student_vit.depth,
-        teacher_depth=teacher_vit.depth if entry.needs_teacher else 0,
+        student_dim=student.embed_dim,
+        teacher_dim=teacher.embed_dim if teacher else 0,
+        student_depth=student.depth,
+        teacher_depth=teacher.depth if teacher else 0,
         num_classes=num_classes,
     )
     with seeded(config.seed, "init", "distiller", config.distill.method):
         distiller = entry.load()(config.distill, dims)
     compile_step = StepCompiler() if config.compile else lambda step: step
-    return TeacherStudentLearner(config, student, distiller, teacher, parallel, compile_step)
+    return TeacherStudentLearner(config, models["student"], distiller, models.get("teacher"), parallel, compile_step)
 
 
 def set_precision(precision: str) -> None:
@@ -167,17 +142,18 @@ def check_processes(config: Config, run: Run) -> None:
         ConfigError: with a sentence for each process that would compute something else than the first.
     """
     stream = run.stream
-    own: dict[str, Any] = {
-        "settings": config.settings_hash(),
-        "backbones": {role: backbone.sha256 for role, backbone in run.backbones.items()},
-        "classes": stream.class_names,
-        "numbers of images": [(stream.train_size(task), stream.test_size(task)) for task in range(len(stream))],
-        # affect no result, but when the processes exchange something
-        "--log_interval": config.log_interval,
-        "--repeat": config.repeat,
-        "--teacher_from": config.teacher_from is not None,
-    }
-    everyones = run.parallel.gather(own)
+    everyones = run.parallel.gather(
+        {
+            "settings": config.settings_hash(),
+            "backbones": {role: backbone.sha256 for role, backbone in run.backbones.items()},
+            "classes": stream.class_names,
+            "numbers of images": [(stream.train_size(task), stream.test_size(task)) for task in range(len(stream))],
+            # These affect no result, but they decide when the processes exchange something.
+            "--log_interval": config.log_interval,
+            "--repeat": config.repeat,
+            "--teacher_from": config.teacher_from is not None,
+        }
+    )
     problems = [
         f"process {rank} has other {' and '.join(other)} than process 0: all machines need the same files and flags"
         for rank, theirs in enumerate(everyones)
@@ -188,36 +164,21 @@ def check_processes(config: Config, run: Run) -> None:
 
 
 class StepCompiler:
-    """Puts steps under ``torch.compile``; if that fails, it leaves this and all later steps as they are.
-
-    Args:
-        backend: of ``torch.compile``.
-    """
+    """Puts steps under ``torch.compile``; if that fails, it leaves this and all later steps as they are."""
 
     def __init__(self, backend: str | Callable = "inductor") -> None:
         self.backend = backend
         self.failed = False  # one step lacks a compiler, mostly, and then all of them do
-        # A pool that reads its task's number, or another shape, gives another graph. Beyond 8 of them torch would
-        # continue without compiling. These are the only names that all supported versions know.
-        torch._dynamo.config.cache_size_limit = _GRAPHS
-        torch._dynamo.config.accumulated_cache_size_limit = _GRAPHS
+        # A step needs a graph or two for each task, and torch stops compiling at 8. Only these names work in all
+        # supported versions.
+        torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 10_000
 
     def __call__(self, step: nn.Module) -> nn.Module:
         """The step, compiled at its first call, and again for each new shape and task."""
         return _CompiledStep(step, self)
 
-    def give_up(self, error: Exception) -> None:
-        """Warn that nothing is compiled from here on."""
-        self.failed = True
-        while (inner := getattr(error, "inner_exception", None)) is not None:
-            error = inner
-        reason = (str(error).strip().splitlines() or [""])[0]
-        _log.warning("--compile is left out from here on, as torch.compile fails: %s: %s", type(error).__name__, reason)
-
 
 class _CompiledStep(nn.Module):
-    """A step changes nothing but the random state, so one whose compilation fails can begin again."""
-
     def __init__(self, step: nn.Module, compiler: StepCompiler) -> None:
         super().__init__()
         self.step = step
@@ -230,5 +191,9 @@ class _CompiledStep(nn.Module):
             try:
                 return self.compiled(*inputs)
             except TorchDynamoException as error:  # an error of the step itself comes as it is
-                self.compiler.give_up(error)
-        return self.step(*inputs)
+                self.compiler.failed = True
+                while (cause := getattr(error, "inner_exception", None)) is not None:
+                    error = cause
+                reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+                _log.warning("--compile is left out from here on, as torch.compile fails: %s", reason)
+        return self.step(*inputs)  # safe to repeat: a step changes nothing but the random state

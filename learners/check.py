@@ -12,17 +12,17 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dataloaders import DATASETS
 from learners.distillers import DISTILLERS, ModelPair
 from models.prompts import PROMPTS
 from models.sizes import ViTSize, known_size, name_problem
-from utils.config import Config, ConfigError, DistillConfig, argument_parser, parse_config
-from utils.registry import Registry
+from utils.config import OPTIONS, Config, ConfigError, DistillConfig, argument_parser, parse_config
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "yaml", "PIL", "tqdm", "safetensors", "matplotlib")
+_TABLES = {"learner_name": PROMPTS, "KD_method": DISTILLERS, "dataset": DATASETS}
 
 
 def load_checked_config(argv: Sequence[str]) -> Config:
@@ -33,16 +33,11 @@ def load_checked_config(argv: Sequence[str]) -> Config:
     """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(
-            [
-                f"packages are missing ({', '.join(missing)}): install them by sh install_requirements.sh, or start by"
-                " bash experiments/quickstart.sh"
-            ]
-        )
+        way_out = "install them by sh install_requirements.sh, or start by bash experiments/quickstart.sh"
+        raise ConfigError([f"packages are missing ({', '.join(missing)}): {way_out}"])
     parsed = parse_config(argv)
     config = parsed.config()
-    problems = parsed.problems + check(config, parsed.invalid_keys)
-    if problems:
+    if problems := parsed.problems + check(config, parsed.invalid_keys):
         raise ConfigError(problems)
     if config.prompt_param is None:
         config = dataclasses.replace(config, prompt_param=PROMPTS[config.learner_name].paper)
@@ -53,7 +48,6 @@ def check(config: Config, invalid: Collection[str] = ()) -> list[str]:
     """One sentence for each thing that cannot work.
 
     Args:
-        config: what was read.
         invalid: keys that hold a default because their value was not allowed; nothing is said about these.
     """
     problems = []
@@ -67,18 +61,27 @@ def check(config: Config, invalid: Collection[str] = ()) -> list[str]:
     problems += _path_problems(config)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         problems.append("--tensorboard needs a package that is missing: pip install tensorboard")
+    for flag, table in _TABLES.items():
+        try:
+            if (name := OPTIONS[flag].value(config)) is not None:
+                table[name]
+        except ValueError as error:
+            problems.append(f"--{flag}: {error}")
     num_tasks, data_problems = _data_problems(config, invalid)
     problems += data_problems
-    if config.action != "check_data":
-        problems += _learner_problems(config, num_tasks, invalid)
-        problems += _kd_problems(config, invalid)
-    return problems
+    if config.action == "check_data":
+        return problems
+    pool = PROMPTS.get(config.learner_name)
+    if pool is not None and "prompt_param" not in invalid:
+        _, wrong = pool.parse(config.prompt_param or pool.paper, num_tasks)
+        problems += [f"--prompt_param of {config.learner_name}: {problem}" for problem in wrong]
+    return problems + _model_problems(config, invalid)
 
 
 def print_help() -> None:
     """Print the page of ``--help``, with the choices of every table."""
     lines = []
-    for flag, table in {"learner_name": PROMPTS, "KD_method": DISTILLERS, "dataset": DATASETS}.items():
+    for flag, table in _TABLES.items():
         lines += ["", f"--{flag}:", *(f"  {name:<12}{table[name].about}" for name in table)]
     lines += ["", "--prompt_param:"]
     for name in PROMPTS:
@@ -90,8 +93,7 @@ def print_help() -> None:
 def model_problems(distill: DistillConfig, teacher: ViTSize | None, student: ViTSize | None) -> list[str]:
     """Sizes of two backbones that do not fit each other or the KD method.
 
-    Called with the sizes that the names tell, and again with those of the constructed backbones, as some names tell
-    none (None).
+    Called with the sizes that the names tell (None where they tell none), and again with those of the built backbones.
     """
     entry = DISTILLERS[distill.method]
     problems = []
@@ -106,27 +108,17 @@ def model_problems(distill: DistillConfig, teacher: ViTSize | None, student: ViT
 
 
 def num_tasks_of(num_classes: int, first: int, other: int, upper_bound: bool = False) -> int:
-    """T for ``num_classes`` classes in a first task and equal others, the last one smaller if need be."""
+    """T for ``num_classes`` classes, as :func:`dataloaders.tasks.split_classes` divides them."""
     return 1 if upper_bound else 1 + -(-max(0, num_classes - first) // other)
-
-
-def _unknown(table: Registry, flag: str, name: str) -> list[str]:
-    """The problem of a name that is not in a table."""
-    try:
-        table[name]
-    except ValueError as error:
-        return [f"--{flag}: {error}"]
-    return []
 
 
 def _data_problems(config: Config, invalid: Collection[str]) -> tuple[int | None, list[str]]:
     """The number of tasks, None while unknown, and the problems of the data set and its split into tasks."""
     data = config.data
     if data.dataset not in DATASETS:
-        return None, [] if data.dataset is None else _unknown(DATASETS, "dataset", data.dataset)
-    entry, problems = DATASETS[data.dataset], []
-    if config.action in ("train", "eval_only", "check_data"):
-        problems += entry.missing(data)
+        return None, []
+    entry = DATASETS[data.dataset]
+    problems = entry.missing(data) if config.action in ("train", "eval_only", "check_data") else []
     num_classes = entry.count_classes(data.dataroot)
     sizes = {name: getattr(data, name) for name in ("first_split_size", "other_split_size")}
     if num_classes is None or None in sizes.values() or sizes.keys() & set(invalid):
@@ -137,35 +129,21 @@ def _data_problems(config: Config, invalid: Collection[str]) -> tuple[int | None
     return num_tasks_of(num_classes, *sizes.values(), data.upper_bound), problems
 
 
-def _learner_problems(config: Config, num_tasks: int | None, invalid: Collection[str]) -> list[str]:
-    """Problems of ``--learner_name`` and its ``--prompt_param``."""
-    name = config.learner_name
-    if name not in PROMPTS:
-        return _unknown(PROMPTS, "learner_name", name)
-    if "prompt_param" in invalid:
-        return []
-    given = PROMPTS[name].paper if config.prompt_param is None else config.prompt_param
-    _, problems = PROMPTS[name].parse(given, num_tasks)
-    return [f"--prompt_param of {name}: {problem}" for problem in problems]
-
-
-def _kd_problems(config: Config, invalid: Collection[str]) -> list[str]:
-    """Problems of the KD method, the two backbones and what the method needs of them."""
-    method = config.distill.method
-    problems = _unknown(DISTILLERS, "KD_method", method)
-    needs_teacher = not problems and DISTILLERS[method].needs_teacher
-    for flag, name in (("t_model", config.teacher_model), ("s_model", config.student_model)):
-        if flag not in invalid and (problem := name_problem(name)):
-            problems.append(f"--{flag}: {problem}")
-    if config.teacher_from is not None and method in DISTILLERS and not needs_teacher:
-        problems.append(f"--teacher_from: --KD_method {method} has no teacher; leave one of them out")
-    if problems or "kd_prompt_param" in invalid:
+def _model_problems(config: Config, invalid: Collection[str]) -> list[str]:
+    """Problems of the two backbones, and of what the KD method needs of them."""
+    method = DISTILLERS.get(config.distill.method)
+    models = {"t_model": config.teacher_model, "s_model": config.student_model}
+    wrong = {flag: name_problem(name) for flag, name in models.items() if flag not in invalid}
+    problems = [f"--{flag}: {problem}" for flag, problem in wrong.items() if problem]
+    if config.teacher_from is not None and method is not None and not method.needs_teacher:
+        problems.append(f"--teacher_from: --KD_method {config.distill.method} has no teacher; leave one of them out")
+    if problems or method is None or "kd_prompt_param" in invalid:
         return problems
-    return model_problems(config.distill, known_size(config.teacher_model), known_size(config.student_model))
+    return model_problems(config.distill, *map(known_size, models.values()))
 
 
 def _device_problems(config: Config) -> list[str]:
-    """Devices that exclude each other or are not there."""
+    """Devices that exclude each other or do not exist."""
     ids = config.gpuid or ()
     given = " ".join(map(str, ids))
     if -1 in ids and len(ids) > 1:
@@ -181,64 +159,52 @@ def _device_problems(config: Config) -> list[str]:
     count = cuda_devices()
     if count == 0:
         return [f"{asked}: there is no CUDA device here; use --gpuid -1 for the CPU"]
-    missing = " ".join(str(gpu) for gpu in ids if count is not None and gpu >= count)
-    if missing:
+    if missing := " ".join(str(gpu) for gpu in ids if count is not None and gpu >= count):
         have = "only GPU 0" if count == 1 else f"only GPUs 0 to {count - 1}"
         return [f"{asked}: there is no GPU {missing} here, {have}"]
     if config.compile and len(ids) > 1 and "RANK" not in os.environ:
-        return [
-            f"--compile works with one GPU in each process: leave it out, or let {len(ids)} processes use the GPUs by"
-            f" bash experiments/torchrun.sh {len(ids)}"
-        ]
+        processes = f"let {len(ids)} processes use the GPUs by bash experiments/torchrun.sh {len(ids)}"
+        return [f"--compile works with one GPU in each process: leave it out, or {processes}"]
     return []
 
 
 def _process_problems(config: Config) -> list[str]:
-    """What keeps this process of a torchrun group from its part."""
+    """Reasons why this process of a torchrun group cannot do its part."""
     if "RANK" not in os.environ or config.action != "train":
         return []
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        return [
-            f"RANK is set, but not {', '.join(missing)}: start the processes by torchrun (experiments/torchrun.sh),"
-            " or unset RANK to train in a single process"
-        ]
+    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        way_out = "start the processes by torchrun (experiments/torchrun.sh), or unset RANK to train in one process"
+        return [f"RANK is set, but not {', '.join(missing)}: {way_out}"]
     if config.device == "mps":
         return ["--device mps works in a single process: leave torchrun out, or use --gpuid -1 for the CPU"]
     if config.device == "cpu" or config.gpuid == (-1,):
         return []
     gpus = len(config.gpuid) if config.gpuid else cuda_devices()
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if gpus and processes.isdecimal() and int(processes) > gpus:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if gpus and processes > gpus:
         where = "of --gpuid" if config.gpuid else "on this machine"
-        return [
-            f"{processes} processes on this machine need a GPU each, but there are {gpus} {where}: start at most {gpus}"
-            " (torchrun --nproc_per_node), or use --gpuid -1 for the CPU"
-        ]
+        way_out = f"start at most {gpus} (torchrun --nproc_per_node), or use --gpuid -1 for the CPU"
+        return [f"{processes} processes on this machine need a GPU each, but there are {gpus} {where}: {way_out}"]
     return []
 
 
 def cuda_devices() -> int | None:
-    """Number of CUDA devices that this process may use, by the driver; None when only torch can tell."""
-    library = {"linux": "libcuda.so.1", "win32": "nvcuda.dll"}.get(sys.platform)
-    if library is None:
-        return 0
+    """Number of CUDA devices that this process may use, according to the driver; None when only torch can tell."""
     try:
-        driver = ctypes.CDLL(library)
+        driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None if os.path.exists("/dev/kfd") else 0  # an AMD GPU, which torch calls cuda, too
     count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
+    if driver.cuInit(0) == 0:
+        driver.cuDeviceGetCount(ctypes.byref(count))
     return count.value
 
 
 def batch_shares(config: Config) -> tuple[int, str]:
-    """In how many equal parts a batch is shared out, and among what."""
-    if "RANK" not in os.environ:
-        return len(config.gpuid or (0,)), "GPUs of --gpuid"
-    processes = os.environ.get("WORLD_SIZE", "1")
-    return int(processes) if processes.isdecimal() else 1, "processes"
+    """The number of equal parts into which a batch is divided, and what they are for."""
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", "1")), "processes"
+    return len(config.gpuid or (0,)), "GPUs of --gpuid"
 
 
 def _batch_problems(config: Config) -> list[str]:
@@ -249,36 +215,33 @@ def _batch_problems(config: Config) -> list[str]:
         below, above = size // parts * parts, (size // parts + 1) * parts
         fitting = f"{below} or {above}" if below else above
         return [f"--batch_size {size} does not divide by the {parts} {over}: use {fitting}"]
-    share = size // parts
-    if share % config.accumulate:
+    share, asked = size // parts, config.accumulate
+    if share % asked:
         each = "" if parts == 1 else f" on each of {parts} {over}"
-        fitting = max(n for n in range(1, config.accumulate) if share % n == 0)
-        return [
-            f"--accumulate {config.accumulate} does not divide the {share} images of a batch{each}:"
-            f" use for example {fitting}"
-        ]
+        fitting = max(n for n in range(1, asked) if share % n == 0)
+        return [f"--accumulate {asked} does not divide the {share} images of a batch{each}: use for example {fitting}"]
     return []
 
 
 def _path_problems(config: Config) -> list[str]:
-    """Files that must be there, folders that must be writable."""
+    """Files that must exist, folders that must be writable."""
     problems = []
-    needed: list[tuple[str, Path | None, Callable[[Path], bool], str]] = [
-        ("t_weights", config.teacher_weights, os.path.isfile, "file"),
-        ("s_weights", config.student_weights, os.path.isfile, "file"),
-        ("init_from", config.init_from, os.path.isdir, "folder"),
-        *(("teacher_from", folder, os.path.isdir, "folder") for folder in _teacher_folders(config)),
-        *(("predict", image, os.path.isfile, "file") for image in config.predict),
+    seeds = range(config.seed, config.seed + config.repeat)
+    runs = [config] if config.repeat == 1 else [config.for_seed(seed) for seed in seeds]
+    needed = [
+        ("t_weights", config.teacher_weights, "file"),
+        ("s_weights", config.student_weights, "file"),
+        ("init_from", config.init_from, "folder"),
+        *(("teacher_from", each.teacher_from, "folder") for each in runs),
+        *(("predict", image, "file") for image in config.predict),
     ]
-    for flag, path, is_there, kind in needed:
-        if path is not None and not is_there(path):
+    for flag, path, kind in needed:
+        if path is not None and not (os.path.isdir(path) if kind == "folder" else os.path.isfile(path)):
             wrong = f"{path} is a folder, not a file" if os.path.isdir(path) else f"there is no {kind} {path}"
             problems.append(f"--{flag}: {wrong}; check the path")
     if config.export is not None:
         if config.export.suffix not in (".safetensors", ".pt2"):
             problems.append(f"--export: {config.export} must end in .safetensors or .pt2")
-        if config.export.is_dir():
-            problems.append(f"--export: {config.export} is a folder; name a file in it")
         problems += _unwritable("export", config.export.parent)
     if config.log_dir is not None and config.action == "train":
         problems += _unwritable("log_dir", config.log_dir)
@@ -287,25 +250,15 @@ def _path_problems(config: Config) -> list[str]:
     return problems
 
 
-def _teacher_folders(config: Config) -> list[Path]:
-    """The folders of ``--teacher_from``, one for each seed of ``--repeat``."""
-    if config.teacher_from is None or config.repeat == 1:
-        return [config.teacher_from] if config.teacher_from else []
-    return [config.for_seed(seed).teacher_from for seed in range(config.seed, config.seed + config.repeat)]
-
-
 def _unwritable(flag: str, folder: Path) -> list[str]:
-    """Why no file can be made in ``folder``, or the part of its path that exists; leaves nothing there."""
+    """The reason why no file can be made in ``folder``, or in the part of its path that exists; leaves nothing."""
+    existing = Path(os.path.abspath(folder))
     try:
-        existing = Path(os.path.abspath(folder))
-        if any(len(os.fsencode(part)) > 255 for part in existing.parts):
-            return [f"--{flag}: a name in {str(folder)[:40]}... is too long; choose a shorter one"]
-        while not os.path.lexists(existing):
+        while not existing.exists():
             existing = existing.parent
         if not existing.is_dir():
             return [f"--{flag}: {existing} is a file, not a folder; choose another path"]
         with tempfile.TemporaryFile(dir=existing):
-            pass
+            return []
     except OSError as error:
         return [f"--{flag}: {folder} cannot be written ({error.strerror}); choose a folder you may write to"]
-    return []

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from dataloaders.base import DataError, read_image
 from dataloaders.build import build_stream
 from dataloaders.check import check_stream
 from dataloaders.transforms import EvalTransform, to_unit
+from learners.build import Run, build_run
 from learners.meter import NonFiniteError, TrainingError
 from learners.results import check_same_data, data_info
 from models.backbones import BackboneError
@@ -26,9 +27,6 @@ from utils.config import Config, ConfigError
 from utils.logging import setup_logging
 from utils.metrics import AccuracyMatrix, summary_table
 from utils.parallel import build_parallel, choose_device
-
-if TYPE_CHECKING:
-    from learners.build import Run
 
 _log = logging.getLogger(__name__)
 
@@ -53,18 +51,20 @@ def load_model(folder: RunFolder, role: str, task: int, load: Callable[[dict[str
         raise RunFolderError(f"{folder.root / name} does not fit the settings in args.yaml: {reason}") from error
 
 
-@torch.inference_mode()
-def evaluate(
-    run: Run, task: int, between: Callable[[], None] = lambda: None
-) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
-    """Accuracies after ``task`` (from 0).
+def tasks_done(folder: RunFolder) -> int:
+    """Number of tasks whose models and results are saved (raises RunFolderError where there is none)."""
+    if not (folder.root / METRICS).exists():
+        raise RunFolderError(f"{folder.root} holds no learned task yet")
+    return folder.read_json(METRICS)["tasks_done"]
 
-    Args:
-        between: called now and then, by all processes equally often.
+
+@torch.inference_mode()
+def evaluate(run: Run, task: int, between: Callable[[], None] = lambda: None) -> tuple[dict, dict]:
+    """Measure the models after ``task`` (from 0), and call ``between`` now and then, in all processes equally often.
 
     Returns:
-        For each role the accuracy (%) on tasks 0 … ``task``, top 1 over all classes seen; and for each role
-        the mean use of the pool's entries by the newest task's test images, by layer.
+        By role the accuracies (%) on tasks 0 … ``task``, top 1 over all classes seen; and by role and layer the mean
+        use of the pool's entries by the test images of ``task``.
 
     Raises:
         NonFiniteError: a logit is infinite or not a number.
@@ -76,7 +76,7 @@ def evaluate(
         totals = torch.zeros(len(rows) + 1, dtype=torch.int64, device=parallel.device)
         for images, targets in run.data.test(past):
             result = step(images, targets, seen)
-            # On several replicas there is one element for each.
+            # One element for each replica.
             totals += torch.stack([*(result.correct[role].sum() for role in rows), result.not_finite.sum()])
             if parallel.world_size == 1:
                 between()
@@ -94,43 +94,29 @@ def evaluate(
 
 
 def _usage(run: Run, task: int) -> dict[str, dict[str, list[float]]]:
-    """Mean use of the pools' entries by the test images of ``task``."""
     vit, parallel = run.learner.query_vit, run.parallel
-    queries = [vit(vit.embed(images)).cls.float() for images, _ in run.data.test(task)]
-    query = torch.cat(queries) if queries else torch.zeros(0, vit.embed_dim, device=parallel.device)
-    return {
-        role: {
-            layer: (parallel.sum(total).cpu().double() / run.stream.test_size(task)).tolist()
-            for layer, total in model.prompt.usage(query).items()
-        }
-        for role, model in run.learner.models.items()
-    }
+    queries = [torch.zeros(0, vit.embed_dim, device=parallel.device)]  # a process may have no image
+    queries += [vit(vit.embed(images)).cls.float() for images, _ in run.data.test(task)]
+    usage: dict[str, dict[str, list[float]]] = {role: {} for role in run.learner.roles}
+    for role, model in run.learner.models.items():
+        for layer, total in model.prompt.usage(torch.cat(queries)).items():
+            usage[role][layer] = (parallel.sum(total).cpu().double() / run.stream.test_size(task)).tolist()
+    return usage
 
 
 # ----------------------------------------------------------------------------------------------- of finished runs
 
 
 def run_action(config: Config) -> int:
-    """Check data, or evaluate, export or use the models of ``config.log_dir``.
-
-    Returns:
-        Exit code of the process.
+    """Check data, or evaluate, export or use the models of ``config.log_dir``; returns the exit code.
 
     Raises:
         ConfigError: the data cannot be read; or the folder holds no finished task, or a damaged one.
     """
     setup_logging(None)
-    folder = RunFolder(config.log_dir) if config.log_dir is not None else None
+    actions = {"check_data": _check_data, "eval_only": _evaluate_again, "export": _export, "predict": _predict}
     try:
-        match config.action:
-            case "check_data":
-                return _check_data(config)
-            case "eval_only":
-                return _evaluate_again(config, folder)
-            case "export":
-                return _export(config, folder)
-            case _:
-                return _predict(config, folder)
+        return actions[config.action](config)
     except (RunFolderError, BackboneError, DataError) as error:
         raise ConfigError([str(error)]) from error
     except TrainingError as error:
@@ -143,27 +129,14 @@ def _check_data(config: Config) -> int:
     size = known_size(config.student_model)
     stream = build_stream(config.data, seed=config.seed, image_size=size.image_size if size else 224)
     report = check_stream(stream, config.data.dataset)
-    json.dump(report, sys.stdout, indent=1)
-    sys.stdout.write("\n")
+    sys.stdout.write(json.dumps(report, indent=1) + "\n")
     return 1 if report["bad"] else 0
 
 
-def tasks_done(folder: RunFolder) -> int:
-    """Number of tasks whose models and results are saved.
-
-    Raises:
-        RunFolderError: there is none, or ``metrics.json`` is damaged.
-    """
-    if not (folder.root / METRICS).exists():
-        raise RunFolderError(f"{folder.root} holds no learned task yet")
-    return folder.read_json(METRICS)["tasks_done"]
-
-
-def _evaluate_again(config: Config, folder: RunFolder) -> int:
+def _evaluate_again(config: Config) -> int:
     """Reproduce the accuracy matrices; exit code 1 when they differ from the recorded ones."""
-    from learners.build import build_run
-
     check_settings(config, resume=False)
+    folder = RunFolder(config.log_dir)
     run = build_run(config, build_parallel(config.device, config.gpuid, alone=True), folder.root)
     learner = run.learner
     check_same_data(data_info(run.stream, {role: b.sha256 for role, b in run.backbones.items()}), folder)
@@ -176,9 +149,10 @@ def _evaluate_again(config: Config, folder: RunFolder) -> int:
         for role, row in rows.items():
             matrices[role].set_row(task, row)
     run.data.close()
-    measured = {role: matrix.to_dict() for role, matrix in matrices.items()}
+    measured, recorded = {role: matrix.to_dict() for role, matrix in matrices.items()}, folder.read_json(METRICS)
     _log.info("%s", summary_table(measured.get("teacher"), measured["student"]))
-    worst = _largest_difference(measured, folder.read_json(METRICS))
+    pairs = [(matrix.rows, recorded[role]["accuracy_matrix"]) for role, matrix in matrices.items()]
+    worst = max(np.abs(np.concatenate(new) - np.concatenate(old)).max() for new, old in pairs)
     if worst < 1e-6:  # metrics.json keeps ten digits
         _log.info("The accuracy matrices equal the recorded ones.")
         return 0
@@ -186,35 +160,22 @@ def _evaluate_again(config: Config, folder: RunFolder) -> int:
     return 1
 
 
-def _largest_difference(measured: Mapping[str, Any], recorded: Mapping[str, Any]) -> float:
-    """Between the accuracy matrices of two ``metrics.json``."""
-    pairs = [(measured[role]["accuracy_matrix"], recorded[role]["accuracy_matrix"]) for role in measured]
-    return max(
-        abs(new - old)
-        for new_matrix, old_matrix in pairs
-        for new_row, old_row in zip(new_matrix, old_matrix, strict=True)
-        for new, old in zip(new_row, old_row, strict=True)
-    )
-
-
-def _export(config: Config, folder: RunFolder) -> int:
+def _export(config: Config) -> int:
     """Write the student after the last learned task for use elsewhere."""
-    from learners.export import export, refuse_foreign, trained_student
+    from learners.export import export, trained_student  # which imports this module
 
-    refuse_foreign(config.export)
-    classifier, metadata = trained_student(config, folder)
-    export(classifier, metadata, config.export)
+    export(*trained_student(config), config.export)
     _log.info("Wrote %s and %s", config.export, config.export.with_suffix(".json").name)
     return 0
 
 
 @torch.no_grad()
-def _predict(config: Config, folder: RunFolder) -> int:
+def _predict(config: Config) -> int:
     """Print the ``--top`` classes of each image with their probabilities."""
     from learners.export import trained_student
 
     device = choose_device(config.device, config.gpuid)
-    classifier, metadata = trained_student(config, folder)
+    classifier, metadata = trained_student(config)
     classifier.to(device)
     for path in config.predict:
         logits = classifier(_load_image(path, metadata).to(device))

@@ -26,13 +26,7 @@ from utils.parallel import Parallel
 
 
 class StudentClassifier(nn.Module):
-    """Images in, logits over all classes seen out: the student with its prompts, as evaluated.
-
-    Args:
-        student: trained model.
-        distiller: gives the student its tokens and mixes its heads.
-        seen: number of classes learned so far.
-    """
+    """Images in, logits over the ``seen`` classes learned so far out: the student with its prompts, as evaluated."""
 
     def __init__(self, student: PromptedModel, distiller: Distiller, seen: int) -> None:
         super().__init__()
@@ -49,8 +43,8 @@ class StudentClassifier(nn.Module):
         return self.distiller.predict(output)[:, : self.seen].float()
 
 
-def trained_student(config: Config, folder: RunFolder) -> tuple[StudentClassifier, dict[str, Any]]:
-    """The student of a run after its last learned task, and its metadata.
+def trained_student(config: Config) -> tuple[StudentClassifier, dict[str, Any]]:
+    """The student of the run in ``config.log_dir`` after its last learned task, and its metadata.
 
     Raises:
         ConfigError: other settings, or another backbone, than those that it was trained with.
@@ -58,24 +52,10 @@ def trained_student(config: Config, folder: RunFolder) -> tuple[StudentClassifie
         BackboneError: the backbone's weights cannot be loaded.
     """
     check_settings(config, resume=False)
-    metadata = student_metadata(config, folder.read_json(CLASSES), tasks_done(folder) - 1)
-    backbone = load_backbone(config.student_model, weights=config.student_weights)
-    check_same_data({"backbone_sha256": {"student": backbone.sha256}}, folder)
-    classifier = build_student(metadata, backbone.vit)
-    load_model(folder, "student", metadata["task"], lambda state: load_trained_parts(classifier, state))
-    return classifier, metadata
-
-
-def student_metadata(config: Config, data_info: dict[str, Any], task: int) -> dict[str, Any]:
-    """Everything besides the tensors that rebuilding the student takes, as it is after ``task`` (from 0).
-
-    Args:
-        config: settings it was trained with.
-        data_info: content of the run's ``classes.json``.
-        task: last task learned.
-    """
-    seen = data_info["ranges"][task][1]
-    return {
+    folder = RunFolder(config.log_dir)
+    info, task = folder.read_json(CLASSES), tasks_done(folder) - 1
+    seen = info["ranges"][task][1]
+    metadata = {
         "format": 1,
         "backbone": config.student_model,
         "learner_name": config.learner_name,
@@ -83,48 +63,37 @@ def student_metadata(config: Config, data_info: dict[str, Any], task: int) -> di
         "KD_method": config.distill.method,
         "kd_prompt_param": list(config.distill.prompt_param),
         "kd_alpha": config.distill.alpha,
-        "num_classes": data_info["num_classes"],
-        "num_tasks": data_info["num_tasks"],
+        **{key: info[key] for key in ("num_classes", "num_tasks", "image_size", "test_crop")},
         "task": task,
         "classes_seen": seen,
-        "class_names": data_info["class_names"][:seen],
-        "image_size": data_info["image_size"],
+        "class_names": info["class_names"][:seen],
         "input": "RGB images [B, 3, H, W] in [0, 1], without mean and standard deviation",
-        "test_crop": data_info["test_crop"],
     }
+    backbone = load_backbone(config.student_model, weights=config.student_weights)
+    check_same_data({"backbone_sha256": {"student": backbone.sha256}}, folder)
+    classifier = build_student(metadata, backbone.vit)
+    student, distiller = classifier.student, classifier.distiller
+
+    def load(state: dict[str, Tensor]) -> None:
+        own = student.trained_state().keys()
+        student.load_trained_state({key: state[key] for key in own if key in state})
+        if not distiller.needs_blocks:  # else it has only parts for training
+            distiller.load_state_dict({key: value for key, value in state.items() if key not in own})
+
+    load_model(folder, "student", task, load)
+    return classifier, metadata
 
 
 def build_student(metadata: dict[str, Any], vit: PromptedViT) -> StudentClassifier:
-    """A student of the right sizes, not yet with its trained parts.
-
-    Args:
-        metadata: see :func:`student_metadata`.
-        vit: the student's backbone.
-    """
-    config = Config(
-        learner_name=metadata["learner_name"],
-        prompt_param=tuple(metadata["prompt_param"]),
-        distill=DistillConfig(
-            metadata["KD_method"], tuple(metadata["kd_prompt_param"]), metadata["kd_alpha"]
-        ),
-    )
+    """A student of the right sizes on its backbone, not yet with its trained parts."""
+    distill = DistillConfig(metadata["KD_method"], tuple(metadata["kd_prompt_param"]), metadata["kd_alpha"])
+    prompts = {"learner_name": metadata["learner_name"], "prompt_param": tuple(metadata["prompt_param"])}
     # Evaluation does not use the teacher, so any backbone will do for it.
     vits, device = {"teacher": vit, "student": vit}, Parallel(torch.device("cpu"))
+    config = Config(distill=distill, **prompts)
     learner = build_learner(config, vits, metadata["num_classes"], metadata["num_tasks"], device)
     learner.resume_task(metadata["task"])
     return StudentClassifier(learner.student, learner.distiller, metadata["classes_seen"])
-
-
-def load_trained_parts(classifier: StudentClassifier, state: dict[str, Tensor]) -> None:
-    """Load a student's ``S_class.pth`` without the parts that only training needs.
-
-    Raises:
-        RuntimeError: a name or shape does not fit.
-    """
-    own = classifier.student.trained_state().keys()
-    classifier.student.load_trained_state({key: state[key] for key in own if key in state})
-    if not classifier.distiller.needs_blocks:
-        classifier.distiller.load_state_dict({key: value for key, value in state.items() if key not in own})
 
 
 def export(classifier: StudentClassifier, metadata: dict[str, Any], path: Path) -> None:
@@ -132,42 +101,26 @@ def export(classifier: StudentClassifier, metadata: dict[str, Any], path: Path) 
 
     The JSON is needed for either: it names the classes, in the order of the logits, and the input.
 
-    Args:
-        classifier: the student.
-        metadata: see :func:`student_metadata`.
-        path: file to write; its ending chooses the format.
+    Raises:
+        ConfigError: the JSON would replace a file that is something else.
+        RunFolderError: a file cannot be written.
     """
+    beside = path.with_suffix(".json")
+    if beside.exists() and not {"backbone", "classes_seen"} <= RunFolder(path.parent).read_json(beside.name).keys():
+        reason = "which is not the description of an exported student; choose another name"
+        raise ConfigError([f"--export {path}: {beside} would be replaced, {reason}"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    classifier = classifier.to("cpu")
     if path.suffix == ".pt2":
-        data = _exported_program(classifier, metadata["image_size"])
+        images = torch.rand(2, 3, metadata["image_size"], metadata["image_size"])
+        shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+        buffer = io.BytesIO()
+        torch.export.save(torch.export.export(classifier, (images,), dynamic_shapes=shapes), buffer)
+        data = buffer.getvalue()
     else:
         # The name of the entry is the format's, which other versions read.
         data = save(_tensors(classifier), metadata={"description": json.dumps(metadata, sort_keys=True)})
     write_atomic(path, data)
-    write_atomic(path.with_suffix(".json"), (json.dumps(metadata, ensure_ascii=False, indent=1) + "\n").encode())
-
-
-def refuse_foreign(path: Path) -> None:
-    """Refuse to export to a file whose ``.json`` is there and belongs to something else.
-
-    Raises:
-        ConfigError: naming the file.
-    """
-    beside = path.with_suffix(".json")
-    if not beside.exists():
-        return
-    try:
-        before = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        before = None
-    if not isinstance(before, dict) or not {"backbone", "classes_seen", "test_crop"} <= before.keys():
-        raise ConfigError(
-            [
-                f"--export {path}: {beside} would be replaced, which is not the description of an exported student; "
-                "choose another name"
-            ]
-        )
+    write_atomic(beside, (json.dumps(metadata, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def load_exported(path: Path) -> StudentClassifier:
@@ -198,12 +151,3 @@ def _tensors(classifier: StudentClassifier) -> dict[str, Tensor]:
     if classifier.distiller.needs_blocks:
         saved = {key for key in saved if not key.startswith("distiller.")}
     return {key: named[key].detach().contiguous() for key in sorted(saved)}
-
-
-def _exported_program(classifier: StudentClassifier, image_size: int) -> bytes:
-    images = torch.rand(2, 3, image_size, image_size)
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(classifier, (images,), dynamic_shapes={"images": {0: batch}})
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    return buffer.getvalue()

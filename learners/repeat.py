@@ -11,20 +11,17 @@ from utils.config import Config
 from utils.metrics import MEASURES, aggregate
 from utils.parallel import is_main_process
 
-SUMMARY = "repeat.json"
-
 _log = logging.getLogger(__name__)
 
 
 def run_repeats(config: Config, train: Callable[[Config], int]) -> int:
-    """Run seeds ``seed … seed + repeat - 1`` into ``log_dir/seed-<s>/`` and write mean and standard deviation.
+    """Run seeds ``seed … seed + repeat - 1`` into ``log_dir/seed-<s>/``, then write and log the measures over them.
 
     Each is resumed by itself; the first that stops ends the call with its exit code.
     """
     seeds = range(config.seed, config.seed + config.repeat)
     for seed in seeds:
-        code = train(config.for_seed(seed))
-        if code != 0:
+        if code := train(config.for_seed(seed)):
             return code
     try:
         if is_main_process():
@@ -36,13 +33,10 @@ def run_repeats(config: Config, train: Callable[[Config], int]) -> int:
 
 
 def _summarize(folder: RunFolder, seeds: range) -> None:
-    """Write ``repeat.json`` and log the measures."""
     runs = [folder.read_json(f"seed-{seed}/{METRICS}") for seed in seeds]
-    summary = {
-        role: aggregate([run[role] for run in runs]) for role in ("teacher", "student") if runs[0][role] is not None
-    }
+    summary = {role: aggregate([run[role] for run in runs]) for role in ("teacher", "student") if runs[0][role]}
     text = json.dumps({"seeds": list(seeds), **summary}, indent=1, sort_keys=True) + "\n"
-    folder.write(SUMMARY, text.encode())
+    folder.write("repeat.json", text.encode())
     _log.info("\n%d seeds (%d to %d), mean ± standard deviation:", len(runs), seeds[0], seeds[-1])
     for role, measures in summary.items():
         for name, words in MEASURES.items():

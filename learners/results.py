@@ -18,8 +18,7 @@ from utils.metrics import FORMAT, AccuracyMatrix, acc_csv, metrics_json, summary
 if TYPE_CHECKING:
     from learners.build import Run
 
-CSV = {"teacher": "Results/acc.csv", "student": "Results/acc_s.csv"}
-TIMING = "Results/timing.json"
+_CSV = {"teacher": "Results/acc.csv", "student": "Results/acc_s.csv"}
 
 _log = logging.getLogger(__name__)
 
@@ -50,16 +49,15 @@ class History:
 
     def add_time(self, task: int, role: str, seconds: float, images: int) -> None:
         """Add an epoch to a role's time on a task."""
-        if not self.training or (self.training[-1]["task"], self.training[-1]["role"]) != (task, role):
-            self.training.append({"task": task, "role": role, "epochs": 0, "seconds": 0.0, "images": 0})
+        if not self.training or (self.training[-1]["task"], self.training[-1]["phase"]) != (task, role):
+            self.training.append({"task": task, "phase": role, "epochs": 0, "seconds": 0.0, "images": 0})
         entry = self.training[-1]
         entry["epochs"] += 1
         entry["seconds"] += seconds
         entry["images"] += images
+        entry["images_per_second"] = entry["images"] / max(entry["seconds"], 1e-9)
 
-    def add_evaluation(
-        self, task: int, rows: Mapping[str, list[float]], usage: Mapping[str, Any], seconds: float
-    ) -> None:
+    def add_evaluation(self, task: int, rows: Mapping, usage: Mapping, seconds: float) -> None:
         """Enter the results after a task: accuracies on all tasks seen, and the use of the pools, by role."""
         self.evaluation[task:] = [{"task": task, "seconds": seconds}]
         for role, row in rows.items():
@@ -70,25 +68,13 @@ class History:
         """All of it as plain data, for a resume."""
         return asdict(self)
 
-    def timing(self) -> dict[str, Any]:
-        """Durations as ``timing.json`` has them."""
-        phases = [
-            {"task": entry["task"], "phase": entry["role"], "epochs": entry["epochs"], "seconds": entry["seconds"]}
-            | {"images_per_second": entry["images"] / entry["seconds"] if entry["seconds"] else None}
-            for entry in self.training
-        ]
-        total = sum(entry["seconds"] for entry in [*self.training, *self.evaluation])
-        return {"phases": phases, "evaluation": self.evaluation, "total_seconds": total}
-
 
 def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
-    """The content of ``metrics.json``.
-
-    Equal results give equal content: it holds no times, folders or versions.
-    """
-    settings = config.result_settings()
+    """The content of ``metrics.json``: equal results give equal content, without times, folders or versions."""
+    settings, stream = config.result_settings(), run.stream
     matrices = {role: AccuracyMatrix(rows).to_dict() for role, rows in history.accuracy.items()}
     done = len(history.accuracy["student"])
+    names = json.dumps(sorted(stream.class_names), ensure_ascii=False)
     return {
         "format": FORMAT,
         "complete": done == run.num_tasks,
@@ -98,8 +84,14 @@ def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
         "settings_hash": config.settings_hash(),
         "num_tasks": run.num_tasks,
         "tasks_done": done,
-        "classes": [list(run.stream.classes(task)) for task in range(run.num_tasks)],
-        "data": _data_set(run.stream),
+        "classes": [list(stream.classes(task)) for task in range(run.num_tasks)],
+        "data": {  # differs for another data set of the same name, but not for another seed or order of classes
+            "split": stream.split,
+            "classes": stream.num_classes,
+            "class_names_sha256": hashlib.sha256(names.encode()).hexdigest(),
+            "train_images": len(stream.train_images.used),
+            "test_images": len(stream.test_images.used),
+        },
         "teacher": matrices.get("teacher"),
         "student": matrices["student"],
         "parameters": run.learner.parameter_counts(),
@@ -109,19 +101,21 @@ def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
 
 
 def write_results(folder: RunFolder, config: Config, run: Run, history: History) -> None:
-    """Write the files of ``Results/`` after a task, with pictures after the last one; ``metrics.json`` comes last.
-
-    Raises:
-        RunFolderError: a file cannot be written.
-    """
+    """Write the files of ``Results/`` after a task, with pictures after the last one; ``metrics.json`` comes last."""
     text = metrics_json(build_metrics(config, run, history))
     metrics = json.loads(text)  # pictures show the rounded numbers, so that they can be drawn again from the file
-    timing = history.timing() | {"peak_memory_mb": peak_memory_mb(), **environment()}
-    folder.write(TIMING, (json.dumps(timing, indent=1) + "\n").encode())
+    timing = {
+        "phases": history.training,
+        "evaluation": history.evaluation,
+        "total_seconds": sum(entry["seconds"] for entry in [*history.training, *history.evaluation]),
+        "peak_memory_mb": peak_memory_mb(),
+        **environment(),
+    }
+    folder.write("Results/timing.json", (json.dumps(timing, indent=1) + "\n").encode())
     for role in history.accuracy:
-        folder.write(CSV[role], acc_csv(metrics[role]["average_accuracy"]).encode())
+        folder.write(_CSV[role], acc_csv(metrics[role]["average_accuracy"]).encode())
     if metrics["complete"]:
-        from utils import plots  # loads matplotlib
+        from utils import plots  # here, as it loads matplotlib
 
         for name, picture in plots.draw(metrics).items():
             folder.write(f"Results/{name}", picture)
@@ -136,22 +130,8 @@ def log_summary(folder: RunFolder) -> None:
         _log.info("%s", line)
 
 
-def _data_set(stream: TaskStream) -> dict[str, Any]:
-    """What tells the stream's data set from another of the same name; the seed and the order of classes do not."""
-    names = json.dumps(sorted(stream.class_names), ensure_ascii=False)
-    return {
-        "split": stream.split,
-        "classes": stream.num_classes,
-        "class_names_sha256": hashlib.sha256(names.encode()).hexdigest(),
-        "train_images": len(stream.train_images.used),
-        "test_images": len(stream.test_images.used),
-    }
-
-
 def data_info(stream: TaskStream, backbone_sha256: Mapping[str, str]) -> dict[str, Any]:
-    """The content of ``classes.json``: what the use of a trained student without its data set needs, and what tells
-    two data sets or backbones apart.
-    """
+    """The content of ``classes.json``: what the use of a student without its data needs, and what identifies both."""
     tasks = range(len(stream))
     return {
         "num_classes": stream.num_classes,
@@ -176,13 +156,9 @@ def check_same_data(info: Mapping[str, Any], folder: RunFolder) -> None:
     before = folder.read_json(CLASSES)
     problems = [f"{key} differ" for key in info if key != "backbone_sha256" and before.get(key) != info[key]]
     for role, digest in info["backbone_sha256"].items():
-        was = before.get("backbone_sha256", {}).get(role)
+        was = before["backbone_sha256"].get(role)
         if was != digest:
             problems.append(f"the SHA-256 of the {role}'s backbone was {was} and is {digest}, see --{role[0]}_weights")
     if problems:
-        raise ConfigError(
-            [
-                f"--log_dir {folder.root} holds a run on other data or backbones ({'; '.join(problems)}): use the same "
-                "files, or another log_dir"
-            ]
-        )
+        differences = f"--log_dir {folder.root} holds a run on other data or backbones ({'; '.join(problems)})"
+        raise ConfigError([f"{differences}: use the same files, or another log_dir"])

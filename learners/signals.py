@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from types import FrameType
 
 
 class StoppedError(BaseException):
-    """The run was asked to stop, and nothing of it is lost.
-
-    Like KeyboardInterrupt it is no Exception, so that handlers of errors let it pass.
-
-    Attributes:
-        exit_code: 128 + number of the signal.
-    """
+    """The run was asked to stop; like KeyboardInterrupt it is no Exception, so that handlers of errors let it pass."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; the same command resumes from here")
@@ -29,25 +21,17 @@ class Signals:
     consistent at any moment); SIGUSR1 asks to save and continue. Before :meth:`finish_steps` there is nothing to
     finish: :class:`StoppedError` is raised at once, wherever the process is.
 
-    Attributes:
-        stop: number of the signal that asked to stop, or 0.
-        save: whether to save at the next opportunity.
+    ``stop`` is the number of the signal that asked to stop, or 0; ``save`` asks to save at the next opportunity.
     """
 
     def __init__(self) -> None:
         self.stop = 0
         self.save = False
         self._at_once = True
-        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            handlers = {
-                signal.SIGINT: self._ask_to_stop,
-                signal.SIGTERM: self._ask_to_stop,
-                signal.SIGUSR1: self._ask_to_save,
-            }
-            self._previous = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self._previous = {signum: signal.signal(signum, self._handle) for signum in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,15 +42,15 @@ class Signals:
         """From now on a signal only leaves its number in ``stop``."""
         self._at_once = False
 
-    def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
+    def _handle(self, signum: int, _: object) -> None:
+        if signum == signal.SIGUSR1:
+            self.save = True
+            return
         if self.stop:
             os._exit(128 + signum)
         self.stop = signum
         if self._at_once:
             raise StoppedError(signum)
-        name = signal.Signals(signum).name
         # Through the file descriptor: a handler must not wait for a lock that the interrupted code holds.
+        name = signal.Signals(signum).name
         os.write(2, f"\n{name}: finishing this step and saving; once more ends at once\n".encode())
-
-    def _ask_to_save(self, signum: int, frame: FrameType | None) -> None:
-        self.save = True

@@ -12,8 +12,7 @@ from learners.evaluate import model_file
 from utils.checkpoint import CLASSES, METRICS, RunFolder, RunFolderError, from_bytes
 from utils.config import Config, ConfigError
 
-# Settings of the student and its KD method, which the teacher never meets; where to stop; and the places of files
-# whose contents are compared instead.
+# Settings of the student's training alone, where to stop, and paths of files whose contents are compared instead.
 _IRRELEVANT = ("KD_method", "kd_alpha", "Soft_T", "kd_prompt_param", "max_task", "t_weights", "s_weights")
 
 _log = logging.getLogger(__name__)
@@ -27,47 +26,34 @@ class TrainedTeacher(NamedTuple):
 
 
 class TeacherCache:
-    """The trained teachers of another run, which may still be training.
+    """The trained teachers of the run in ``config.teacher_from``, which may still be training.
 
-    Args:
-        config: settings of this run; ``config.teacher_from`` is the other run's ``log_dir``.
-        info: this run's :func:`learners.results.data_info`.
-
-    Raises:
-        ConfigError: the teachers cannot be those of this run.
+    ``info`` is this run's :func:`learners.results.data_info`. Raises ConfigError if the teachers do not fit this run.
     """
 
     def __init__(self, config: Config, info: Mapping[str, Any]) -> None:
-        self.root = config.teacher_from
-        self.config = config
+        self.config, self.root = config, config.teacher_from
         self._folder = RunFolder(self.root)
-        if self.root.resolve() == config.log_dir.resolve():
-            raise ConfigError([f"--teacher_from: {self.root} is the log_dir of this run itself; name another run"])
         try:
             settings, self._info = self._folder.settings(), self._folder.read_json(CLASSES)
         except RunFolderError as error:
             raise ConfigError([f"--teacher_from: {error}"]) from error
-        if changes := self._changes(settings):
-            raise ConfigError(
-                [
-                    f"--teacher_from: the teachers of {self.root} were trained with other settings ({changes}): give "
-                    "the same ones, or leave the flag out"
-                ]
-            )
-        if "teacher" not in self._info["backbone_sha256"]:
-            method = settings["KD_method"]
-            raise ConfigError([f"--teacher_from: {self.root} has no teacher (--KD_method {method}); name another run"])
-        if other := [key for key in info if self._info.get(key) != info[key]]:
-            raise ConfigError(
-                [
-                    f"--teacher_from: the teachers of {self.root} were trained on other data or backbones "
-                    f"({', '.join(other)} differ): use the same files, or leave the flag out"
-                ]
-            )
+        trained, problem = f"the teachers of {self.root} were trained", None
+        if self.root.resolve() == config.log_dir.resolve():
+            problem = f"{self.root} is the log_dir of this run itself; name another run"
+        elif changes := self._changes(settings):
+            problem = f"{trained} with other settings ({changes}): give the same ones, or leave the flag out"
+        elif "teacher" not in self._info["backbone_sha256"]:
+            problem = f"{self.root} has no teacher (--KD_method {settings['KD_method']}); name another run"
+        elif other := ", ".join(key for key in info if self._info.get(key) != info[key]):
+            problem = f"{trained} on other data or backbones ({other} differ): use the same files, or no --teacher_from"
+        if problem:
+            raise ConfigError([f"--teacher_from: {problem}"])
 
     def find(self, task: int) -> TrainedTeacher | None:
         """The teacher after ``task`` (from 0), or None where there is none (yet) that can be used."""
-        if not (self.root / model_file("teacher", task)).exists():
+        name = model_file("teacher", task)
+        if not (self.root / name).exists():
             return None
         try:
             metrics = self._folder.read_json(METRICS)
@@ -75,16 +61,13 @@ class TeacherCache:
                 raise RunFolderError(f"{self.root} now holds another run than it did when this one started")
             if metrics["tasks_done"] <= task:  # its results are just being written
                 return None
-            model = from_bytes(self._folder.read(model_file("teacher", task)))
+            return TrainedTeacher(from_bytes(self._folder.read(name)), metrics["losses"]["teacher"][task])
         except RunFolderError as error:
             _log.warning("--teacher_from: %s; the teacher is trained here", error)
             return None
-        return TrainedTeacher(model, metrics["losses"]["teacher"][task])
 
     def _changes(self, theirs: Mapping[str, Any]) -> str:
-        """Their settings that differ from this run's and that a teacher depends on."""
-        return ", ".join(
-            f"{key} {theirs.get(key)} there, {own} here"
-            for key, own in self.config.result_settings().items()
-            if key not in _IRRELEVANT and theirs.get(key) != own
-        )
+        """Settings that differ between the two runs and that a teacher depends on."""
+        own = self.config.result_settings()
+        differing = [key for key in own if key not in _IRRELEVANT and theirs.get(key) != own[key]]
+        return ", ".join(f"{key} {theirs.get(key)} there, {own[key]} here" for key in differing)
