@@ -34,32 +34,26 @@ class DataEntry(Entry):
 DATASETS: Registry[DataEntry] = Registry(
     "data set",
     {
-        "CIFAR100": DataEntry(
-            "dataloaders.cifar:CIFAR100", "60,000 32x32 photographs; downloads itself", num_classes=100
-        ),
-        "CIFAR10": DataEntry("dataloaders.cifar:CIFAR10", "60,000 32x32 photographs; downloads itself", num_classes=10),
+        "CIFAR100": DataEntry("dataloaders.cifar:CIFAR100", "60,000 32x32 photographs; downloads itself", 100),
+        "CIFAR10": DataEntry("dataloaders.cifar:CIFAR10", "60,000 32x32 photographs; downloads itself", 10),
         "ImageNet_R": DataEntry(
             "dataloaders.imagenet_r:ImageNetR",
             "30,000 renditions of 200 ImageNet classes; folder imagenet-r in dataroot",
-            num_classes=200,
+            200,
         ),
         "ImageNet_A": DataEntry(
             "dataloaders.imagenet_a:ImageNetA",
             "7,500 hard photographs of 200 ImageNet classes; folder imagenet-a in dataroot",
-            num_classes=200,
+            200,
         ),
         "DomainNet": DataEntry(
-            "dataloaders.domainnet:DomainNet",
-            "600,000 images of 345 classes in six domains; folder domainnet in dataroot",
-            num_classes=345,
+            "dataloaders.domainnet:DomainNet", "600,000 images of 345 classes in six domains; folder domainnet", 345
         ),
         "ImageFolder": DataEntry(
             "dataloaders.image_folder:ImageFolder", "any folder dataroot/<class>/* or dataroot/{train,val}/<class>/*"
         ),
         "Emoji_R": DataEntry(
-            "dataloaders.emoji_r:EmojiR",
-            "1,819 renditions of 200 emoji by different artists; shipped with the project",
-            num_classes=200,
+            "dataloaders.emoji_r:EmojiR", "1,819 renditions of 200 emoji by different artists; shipped here", 200
         ),
     },
 )

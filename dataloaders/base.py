@@ -128,8 +128,7 @@ class DataSource(ABC):
         split: origin of the division into training and test images.
         test_crop: how test images reach the input size: ``stretch`` resizes both sides, ``center_crop``
             resizes the shorter side to 256/224 of the input size and cuts out the centre.
-        drawn_split: files (name -> content) that list a split drawn in place of the authors'; the run keeps
-            them in its log_dir.
+        drawn_split: files (name -> content) that list a split drawn in place of the authors'; kept in log_dir.
 
     Raises:
         DataError: the files are missing or not what they should be.
@@ -169,18 +168,16 @@ class DataSource(ABC):
 
 
 def read_image(file: str | Path | Any, name: str | Path | None = None) -> Image.Image:
-    """An image file (path or binary file object) as upright RGB; errors call it ``name``, by default its path.
+    """An image file (path or binary file object) as upright RGB.
 
     Raises:
-        BadImageError: it is missing, empty or damaged.
+        BadImageError: it is missing, empty or damaged; the message calls it ``name``, by default its path.
     """
     try:
         with Image.open(file) as image:
             image.load()
             return as_rgb(image)
-    # On damaged files Pillow's readers raise nearly anything: OSError, SyntaxError, struct.error, ValueError,
-    # KeyError, zlib.error, DecompressionBombError ...
-    except Exception as error:
+    except Exception as error:  # on damaged files Pillow's readers raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "it is empty or not an image that Pillow knows"

@@ -43,9 +43,8 @@ class CIFAR100(DataSource):
         """Put the files into ``dataroot``, each of them complete or not at all."""
         from torchvision.datasets.utils import extract_archive
 
-        archive = self.root / self._dataset.filename
-        url = mirrored(self._dataset.url, self.data_url)
-        fetch(url, archive, Checksum("md5", self._dataset.tgz_md5), progress=self.progress)
+        archive, checksum = self.root / self._dataset.filename, Checksum("md5", self._dataset.tgz_md5)
+        fetch(mirrored(self._dataset.url, self.data_url), archive, checksum, progress=self.progress)
         (self.root / self.folder).mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.root) as folder:
             extract_archive(str(archive), folder)

@@ -33,8 +33,8 @@ def find_images(root: Path, folder: str, within: frozenset[tuple[int, int]] = fr
     """Images in ``root/folder`` and the folders in it, in order, relative to ``root``.
 
     Links are followed, but no folder is entered from within itself: ``within`` identifies the folders above it.
-    Hidden files and files that are no images by their ending are left out; a link that leads nowhere is kept,
-    to be reported as a bad image later. A folder that cannot be read is a :class:`DataError`.
+    Hidden files and other endings are left out; a link that leads nowhere is kept, to be reported as a bad image.
+    Raises DataError for a folder that cannot be read.
     """
     try:
         status = os.stat(root / folder)

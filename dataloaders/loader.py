@@ -93,8 +93,7 @@ class DataPipeline:
     """
 
     def __init__(self, stream: TaskStream, config: DataConfig, *, seed: int, parallel: Parallel) -> None:
-        missing = stream.missing()
-        if missing:
+        if missing := stream.missing():
             raise DataError(
                 f"{len(missing)} of the images that the split lists are missing in dataroot, the first is "
                 f"{missing[0]} (--check_data lists all)"
@@ -147,8 +146,7 @@ class DataPipeline:
         Raises:
             BadImageError: an image is missing or damaged.
         """
-        steps = range(first_step, self.steps_per_epoch(task))
-        return self._run(self._train_requests(task, role, epoch, steps))
+        return self._run(self._train_requests(task, role, epoch, range(first_step, self.steps_per_epoch(task))))
 
     def test(self, task: int) -> Iterator[Batch]:
         """This process's share of the task's test images, in batches like those of :meth:`train`."""
@@ -178,8 +176,7 @@ class DataPipeline:
             yield BatchRequest(True, indices[rows], seeds if self._stream.augmented else None)
 
     def _run(self, requests: Iterator[BatchRequest]) -> Iterator[Batch]:
-        self._pass_id += 1
-        pass_id = self._pass_id
+        self._pass_id = pass_id = self._pass_id + 1
         self._sampler.requests = requests
         self._batches = iter(self._loader)
         while (batch := next(self._batches, None)) is not None:

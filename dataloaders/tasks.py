@@ -73,15 +73,11 @@ class TaskStream:
 
         first = self.num_classes if config.upper_bound else config.first_split_size
         self._classes = split_classes(self.num_classes, first, config.other_split_size)
-        self._require_images()
-
-    def _require_images(self) -> None:
         for task in range(len(self)):
-            for part, number in (("training", self.train_size(task)), ("test", self.test_size(task))):
-                if number == 0:
-                    names = self.task_names(task)
-                    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-                    raise DataError(f"task {task} ({shown}) has no {part} images: check the folders in dataroot")
+            if not (self.train_size(task) and self.test_size(task)):
+                part = "test" if self.train_size(task) else "training"
+                names = ", ".join(self.task_names(task)[:3]) + (", ..." if len(self.task_names(task)) > 3 else "")
+                raise DataError(f"task {task} ({names}) has no {part} images: check the folders in dataroot")
 
     @property
     def augmented(self) -> bool:
@@ -92,11 +88,10 @@ class TaskStream:
         return len(self._classes)
 
     def classes(self, task: int) -> ClassRange:
-        """The classes of a task."""
         return self._classes[task]
 
     def task_names(self, task: int) -> list[str]:
-        """The class names of a task."""
+        """Names of the task's classes."""
         return self.class_names[slice(*self._classes[task])]
 
     def train_indices(self, task: int) -> np.ndarray:
@@ -108,11 +103,10 @@ class TaskStream:
         return self.test_images.of_classes(self._classes[task])
 
     def train_size(self, task: int) -> int:
-        """The number of the task's own training images."""
+        """The number of the task's training images, without replay."""
         return len(self.train_indices(task))
 
     def test_size(self, task: int) -> int:
-        """The number of the task's test images."""
         return len(self.test_indices(task))
 
     def coreset(self, task: int) -> np.ndarray:
@@ -125,10 +119,8 @@ class TaskStream:
         members = [self.train_images.of_classes((label, label + 1)) for label in range(past)]
         rank = random_state(self.seed, "coreset").permutation(self.num_classes)
         kept = balanced_counts(np.array([len(m) for m in members], dtype=np.int64), rank[:past], self.memory)
-        chosen = [
-            random_state(self.seed, "coreset", label).permutation(members[label])[:number]
-            for label, number in enumerate(kept)
-        ]
+        orders = [random_state(self.seed, "coreset", label).permutation(each) for label, each in enumerate(members)]
+        chosen = [order[:number] for order, number in zip(orders, kept, strict=True)]
         return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, dtype=np.int64)
 
     def replay(self, task: int) -> np.ndarray:
@@ -145,10 +137,9 @@ class TaskStream:
         """
         seen = np.concatenate([self.train_indices(task), self.replay(task)])
         counts = np.bincount(self.train_images.labels[seen], minlength=self.num_classes)
-        present = counts > 0
-        inverse = 1.0 / counts[present]
+        inverse = 1.0 / counts[counts > 0]
         weights = np.ones(self.num_classes, dtype=np.float32)
-        weights[present] = inverse / inverse.mean()
+        weights[counts > 0] = inverse / inverse.mean()
         return weights
 
     def missing(self) -> list[str]:

@@ -13,10 +13,7 @@ from dataloaders.base import TestCrop
 
 
 class TrainTransform(v2.Compose):
-    """A random crop, resized to [size, size], and a flip with probability 1/2, drawn from torch's CPU generator.
-
-    ``crop_scale`` is the range of the crop's share of the image's area.
-    """
+    """A random crop of a share ``crop_scale`` of the area, resized to [size, size], and a flip with probability 1/2."""
 
     def __init__(self, size: int, crop_scale: Sequence[float] = (0.08, 1.0)) -> None:
         super().__init__([v2.RandomResizedCrop(size, scale=tuple(crop_scale)), v2.RandomHorizontalFlip()])

@@ -7,16 +7,14 @@
         --init runs/base/checkpoint.pt
     python -m experiments.pretrain_mini_vit --probe
 
-Run it in the project's root. It writes ``OUT/checkpoint.pt`` after every epoch (a killed run resumes from there
-and ends with the same weights) and ``OUT/<model>.safetensors``: fp16, BatchNorm folded, for images in [0, 1].
-Recipes are judged on 60 base classes that are never trained on; ``--probe`` looks at the novel classes, so run it
-last.
+Run it in the project's root. It writes ``OUT/checkpoint.pt`` after every epoch, from which a killed run resumes, and
+``OUT/<model>.safetensors``: fp16, BatchNorm folded, for images in [0, 1]. Recipes are judged on 60 base classes that
+are never trained on; ``--probe`` looks at the novel classes, so run it last.
 
-Recipe: cosine classifier over the base classes plus a supervised contrastive loss on pairs (two renditions
-of one class), BatchNorm on the pooled (CLS) feature while training, AdamW, cosine schedule, a quarter of
-the tokens dropped.
+Recipe: cosine classifier over the base classes plus a supervised contrastive loss on pairs (two renditions of one
+class), BatchNorm on the CLS feature while training, AdamW, cosine schedule, a quarter of the tokens dropped.
 
-Shapes: B batch, D width, C classes.
+Shapes: B batch, D width.
 """
 
 import argparse
@@ -27,6 +25,7 @@ import math
 import os
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,11 +63,10 @@ class Data(NamedTuple):
 
 
 def load_base(path: Path) -> tuple[Data, Data, Data]:
-    """Read base.npz: training data, and train and test halves of the held-out base classes.
+    """Read base.npz: training data, and train and test parts of the held-out base classes.
 
-    Returns:
-        Images uint8 [n, 4, 64, 64], colour premultiplied by alpha. The held-out classes have at least 8
-        renditions; those of two artist families are the test images, so that no family is on both sides.
+    Images are uint8 [n, 4, 64, 64], colour premultiplied by alpha. The held-out classes have at least 8 renditions;
+    those of two artist families are the test images.
     """
     file = np.load(path)
     images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2)
@@ -119,10 +117,9 @@ def random_affine(batch: int) -> Tensor:
 
 
 def mix_colours(colour: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Random channel mixing, greys, gain and inversion of premultiplied colour; draws a background too.
+    """Random channel mixing, greys, gain and inversion of premultiplied colour [B, 3, 64, 64].
 
-    Returns:
-        colour [B, 3, 64, 64] and background [B, 3, 1, 1], white or light (dark where inverted).
+    The second result is a background [B, 3, 1, 1], white or light (dark where inverted).
     """
     batch = len(colour)
     matrix = torch.eye(3) + 0.15 * torch.randn(batch, 3, 3)
@@ -193,12 +190,11 @@ class PairSampler:
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """AdamW without weight decay on biases, norms, the CLS token and the position embedding."""
-    named = dict(model.named_parameters())
-    decayed = {name for name, p in named.items() if p.ndim > 1 and not name.endswith(("_token", "pos_embed"))}
-    groups = [
-        {"params": [p for name, p in named.items() if name in decayed]},
-        {"params": [p for name, p in named.items() if name not in decayed], "weight_decay": 0.0},
-    ]
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        is_decayed = parameter.ndim > 1 and not name.endswith(("_token", "pos_embed"))
+        (decayed if is_decayed else others).append(parameter)
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=WEIGHT_DECAY)
 
 
@@ -223,15 +219,15 @@ def nearest_mean(train: Data, test: Data) -> float:
     return 100 * (guess == test.labels).float().mean().item()
 
 
-def linear_probe(train: Data, test: Data, epochs: int = 300) -> float:
+def linear_probe(train: Data, test: Data) -> float:
     """Accuracy (%) of a linear classifier on standardised features [n, D]."""
     centre, spread = train.images.mean(0), train.images.std(0) + 1e-5
     features, queries = ((part.images - centre) / spread for part in (train, test))
     torch.manual_seed(0)
     probe = nn.Linear(features.shape[1], train.num_classes)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=5e-3, weight_decay=0.05)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for _ in range(epochs):
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    for _ in range(300):
         optimizer.zero_grad()
         F.cross_entropy(probe(features), train.labels, label_smoothing=0.1).backward()
         optimizer.step()
@@ -239,21 +235,12 @@ def linear_probe(train: Data, test: Data, epochs: int = 300) -> float:
     return 100 * (probe(queries).argmax(1) == test.labels).float().mean().item()
 
 
-def write_atomically(path: Path, write) -> None:
-    """Call ``write(temporary path)``, then rename, so that a kill never leaves half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-    os.replace(temporary, path)
-
-
 @torch.no_grad()
 def standardise_features(model: nn.Module, images: Tensor) -> None:
     """Fold mean and spread of the CLS features over ``images`` [n, 3, 64, 64] into the final norm, in place.
 
-    Pre-training sees features through a BatchNorm, so their common offset is free to grow until all images have
-    nearly the same direction (mean cosine 0.95 to 0.99 here), which leaves nothing to a prompt pool that
-    selects by the cosine of the query.
+    Pre-training sees features through a BatchNorm, so they may share an offset that gives all images nearly the same
+    direction (mean cosine 0.95 to 0.99), which leaves nothing to a pool that selects by the cosine of the query.
     """
     features = extract(model, images)
     mean, spread = features.mean(0), features.std(0)
@@ -268,8 +255,8 @@ def export(name: str, state: dict[str, Tensor], path: Path, images: Tensor | Non
     fold_batchnorm(model)
     if images is not None:
         standardise_features(model, images)
-    halves = {key: value.half().contiguous() for key, value in model.state_dict().items()}
-    write_atomically(path, lambda temporary: save_file(halves, temporary))
+    save_file({key: value.half().contiguous() for key, value in model.state_dict().items()}, path)
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def train_epoch(model: Pretrainer, optimizer: torch.optim.Optimizer, data: Data, epoch: int, args) -> tuple:
@@ -308,18 +295,17 @@ def train(args) -> None:
         if path.exists():
             optimizer.load_state_dict(saved["optimizer"])
             first = saved["epoch"]
-    LOG.info("%s: %d classes, %d images", args.model, data.num_classes, len(data.labels))
-    LOG.info("%d held-out classes, from epoch %d of %d", held_train.num_classes, first, args.epochs)
+    LOG.info("%s: %d classes, from epoch %d of %d", args.model, data.num_classes, first, args.epochs)
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
         loss, accuracy = train_epoch(model, optimizer, data, epoch, args)
         seconds += time.perf_counter() - start
-        state = {"epoch": epoch + 1, "seconds": seconds}
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        write_atomically(path, lambda temporary, state=state: torch.save(state, temporary))
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save({"epoch": epoch + 1, "seconds": seconds, **state}, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)  # a kill leaves no half file
         features = (Data(extract(model.backbone, on_white(x)), labels) for x, labels in (held_train, held_test))
-        LOG.info("epoch %3d: %6.0f s, loss %.3f, accuracy %.1f", epoch + 1, seconds, loss, accuracy)
-        LOG.info("held-out classes: %.1f", nearest_mean(*features))
+        values = (epoch + 1, seconds, loss, accuracy, nearest_mean(*features))
+        LOG.info("epoch %d: %.0f s, loss %.3f, accuracy %.1f, held-out classes %.1f", *values)
     export(args.model, model.backbone.state_dict(), args.out / f"{args.model}.safetensors", on_white(data.images))
 
 
@@ -332,12 +318,11 @@ def probe() -> None:
         LOG.info("%-24s nearest mean %.1f, linear %.1f", name, nearest_mean(*parts), linear_probe(*parts))
 
     for name, build in MODELS.items():
-        model = build()
-        model.load_state_dict({key: value.float() for key, value in load_file(weights_path(name)).items()})
-        report(name, lambda images, model=model: extract(model, images))
         torch.manual_seed(0)
         model = build()
-        report(f"{name}, random", lambda images, model=model: extract(model, images))
+        report(f"{name}, random", partial(extract, model))
+        model.load_state_dict({key: value.float() for key, value in load_file(weights_path(name)).items()})
+        report(name, partial(extract, model))
     report("raw 16 x 16 pixels", lambda images: F.adaptive_avg_pool2d(images, 16).flatten(1))
 
 
@@ -348,21 +333,19 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--lr", type=float, help=f"default: {LEARNING_RATES}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--init", type=Path, help="checkpoint.pt to start another cosine cycle from its weights")
     parser.add_argument("--out", type=Path, help="folder of checkpoint.pt and the weights")
     parser.add_argument("--probe", action="store_true", help="evaluate models/weights on the novel classes")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     if args.probe:
         probe()
-        return
-    if not (args.base and args.model and args.out):
+    elif args.base and args.model and args.out:
+        args.lr = args.lr or LEARNING_RATES[args.model]
+        train(args)
+    else:
         parser.error("--base, --model and --out are needed (or --probe)")
-    if args.lr is None:
-        args.lr = LEARNING_RATES[args.model]
-    train(args)
 
 
 if __name__ == "__main__":

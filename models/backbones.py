@@ -110,8 +110,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         BackboneError: the file cannot be read, is damaged, or holds Python objects or no tensors.
     """
     with _reading(path):
-        state = load_state_dict(str(path), weights_only=True)
-        state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        entries = load_state_dict(str(path), weights_only=True).items()
+        state = {key: value for key, value in entries if isinstance(value, Tensor)}
     if not state:
         raise BackboneError(f"{path} holds no tensors; give a file with a state dict")
     return state
@@ -152,8 +152,7 @@ def _load_file(vit: VisionTransformer, path: Path, name: str) -> None:
             problem = _load_npz(vit, path)
         else:
             state = {key: value for key, value in read_state(path).items() if not _NOT_BACKBONE.match(key)}
-            problem = misfit(state, vit.state_dict())
-            if problem is None:
+            if (problem := misfit(state, vit.state_dict())) is None:
                 vit.load_state_dict(state)
     if problem is not None:
         raise BackboneError(f"{path} does not fit {name}: {problem}; give the weights of that model")

@@ -75,8 +75,6 @@ def fit_checkpoint(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor
         _log.warning("%s: %s of another KD method left out", path, ", ".join(unused))
     state = {key: value for key, value in state.items() if key not in unused}
     if problem := misfit(state, model_state):
-        raise CheckpointError(
-            f"{path} does not fit the model: {problem}; learner, KD method, their parameters, backbones and classes"
-            " must be those of the checkpoint"
-        )
+        advice = "learner, KD method, their parameters, backbones and classes must be those of the checkpoint"
+        raise CheckpointError(f"{path} does not fit the model: {problem}; {advice}")
     return state

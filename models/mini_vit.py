@@ -29,19 +29,11 @@ def weights_path(name: str) -> Path:
 
 
 class ConvStem(nn.Module):
-    """Stride-2 3x3 convolutions and a 1x1 projection instead of timm's ``PatchEmbed``.
+    """Stride-2 3x3 convolutions and a 1x1 projection instead of timm's ``PatchEmbed``, whose arguments it takes.
 
     There is one convolution for each halving (four for ``patch_size`` 16), followed by ReLU; the widths double up
-    to ``embed_dim``.
-
-    Args:
-        img_size: side of the square input, pixels.
-        patch_size: pixels per token and side; a power of two that divides ``img_size``.
-        in_chans: input channels.
-        embed_dim: D.
-        norm: put BatchNorm after each convolution, as pre-training does. The shipped weights have it folded into
-            the convolutions (:func:`fold_batchnorm`), which then have a bias.
-        timm_options: further options that timm passes to every ``embed_layer``, without a meaning here.
+    to ``embed_dim``. With ``norm``, BatchNorm follows each convolution, as in pre-training; the shipped weights have
+    it folded into the convolutions (:func:`fold_batchnorm`), which then have a bias.
     """
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, norm: bool, **timm_options):
@@ -56,12 +48,9 @@ class ConvStem(nn.Module):
         widths = [in_chans] + [max(16, embed_dim >> (halvings - 1 - i)) for i in range(halvings)]
         self.body = nn.Sequential()
         for before, after in zip(widths[:-1], widths[1:], strict=True):
-            layers = OrderedDict(
-                conv=nn.Conv2d(before, after, 3, stride=2, padding=1, bias=not norm),
-                norm=nn.BatchNorm2d(after) if norm else nn.Identity(),
-                act=nn.ReLU(inplace=True),
-            )
-            self.body.append(nn.Sequential(layers))
+            conv = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=not norm)
+            batch_norm = nn.BatchNorm2d(after) if norm else nn.Identity()
+            self.body.append(nn.Sequential(OrderedDict(conv=conv, norm=batch_norm, act=nn.ReLU(inplace=True))))
         self.proj = nn.Conv2d(widths[-1], embed_dim, 1)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
@@ -69,16 +58,12 @@ class ConvStem(nn.Module):
         return self.patch_size[0] if as_scalar else self.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embed images [B, 3, 64, 64] as tokens [B, N, D]."""
+        """Turn images [B, 3, 64, 64] into tokens [B, N, D]."""
         return self.proj(self.body(images)).flatten(2).transpose(1, 2)
 
 
 def fold_batchnorm(model: VisionTransformer) -> VisionTransformer:
-    """Fold the stem's BatchNorm into its convolutions, in place, so that ``norm=True`` becomes ``norm=False``.
-
-    Returns:
-        The same model in evaluation mode, with the same outputs.
-    """
+    """Fold the stem's BatchNorm into its convolutions, in place; the outputs in evaluation mode stay the same."""
     model.eval()
     for block in model.patch_embed.body:
         if isinstance(block.norm, nn.BatchNorm2d):
@@ -87,29 +72,16 @@ def fold_batchnorm(model: VisionTransformer) -> VisionTransformer:
     return model
 
 
-def _mini_vit(embed_dim: int, depth: int, num_heads: int, norm: bool, options: dict) -> VisionTransformer:
-    return VisionTransformer(
-        img_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        num_classes=0,
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        embed_layer=partial(ConvStem, norm=norm),
-        **options,
-    )
+def _mini_vit(embed_dim: int, depth: int, norm: bool, options: dict) -> VisionTransformer:
+    sizes = {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "embed_dim": embed_dim, "depth": depth, "num_heads": 3}
+    return VisionTransformer(num_classes=0, embed_layer=partial(ConvStem, norm=norm), **sizes, **options)
 
 
 def mini_vit_base(norm: bool = False, **options) -> VisionTransformer:
-    """Width 192, 6 blocks, 3 heads, 2.9 M parameters, randomly initialised.
-
-    Args:
-        norm: BatchNorm in the stem, for pre-training.
-        options: further arguments of timm's ``VisionTransformer``.
-    """
-    return _mini_vit(192, 6, 3, norm, options)
+    """Width 192, 6 blocks, 3 heads, 2.9 M parameters, random; ``options`` are timm's ``VisionTransformer``'s."""
+    return _mini_vit(192, 6, norm, options)
 
 
 def mini_vit_small(norm: bool = False, **options) -> VisionTransformer:
-    """Width 96, 4 blocks, 3 heads, 0.5 M parameters, randomly initialised; arguments as above."""
-    return _mini_vit(96, 4, 3, norm, options)
+    """Width 96, 4 blocks, 3 heads, 0.5 M parameters, random; arguments as above."""
+    return _mini_vit(96, 4, norm, options)

@@ -38,8 +38,7 @@ class PromptedModel(nn.Module):
     """A frozen ViT with a prompt pool (``prompt``) and a linear head over all classes (``last``).
 
     Args:
-        vit: frozen backbone; several models may share one.
-        prompt: prompt pool.
+        vit: several models may share one.
         num_classes: C, all classes of all tasks.
     """
 
@@ -50,12 +49,7 @@ class PromptedModel(nn.Module):
         self.last = nn.Linear(vit.embed_dim, num_classes)
 
     def forward(
-        self,
-        tokens: Tensor,
-        query: Tensor,
-        inputs: StudentInputs | None = None,
-        *,
-        return_blocks: bool = False,
+        self, tokens: Tensor, query: Tensor, inputs: StudentInputs | None = None, *, return_blocks: bool = False
     ) -> ModelOutput:
         """Classify embedded images.
 
@@ -68,8 +62,7 @@ class PromptedModel(nn.Module):
         prompts, prompt_loss = self.prompt(query)
         inputs = inputs or StudentInputs()
         if inputs.suffixes is not None:
-            pairs = zip(prompts, inputs.suffixes, strict=True)
-            prompts = [LayerPrompt(layer.prefix, suffix) for layer, suffix in pairs]
+            prompts = [LayerPrompt(each.prefix, suffix) for each, suffix in zip(prompts, inputs.suffixes, strict=True)]
         features = self.vit(tokens, prompts, inputs.extra_tokens, return_blocks=return_blocks)
         return ModelOutput(self.last(features.cls), features.extra, features.blocks, prompt_loss)
 

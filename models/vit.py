@@ -61,11 +61,8 @@ class PromptedViT(nn.Module):
     The weights are frozen and the model always runs in evaluation mode. Gradients pass through it to the
     prompts but never reach its weights, so no linear layer keeps its input for the backward pass.
 
-    Args:
-        vit: timm model with a class token, plain pre-norm blocks and square images.
-
     Raises:
-        UnsupportedBackboneError: see :func:`check_supported`.
+        UnsupportedBackboneError: ``vit`` is none that :func:`check_supported` accepts.
     """
 
     def __init__(self, vit: VisionTransformer) -> None:
@@ -118,8 +115,7 @@ class PromptedViT(nn.Module):
         """Turn images [B, 3, H, W] in [0, 1] into the tokens [B, N, D] that enter block 0."""
         with self._arithmetic(images.device):
             # timm has no public function for the tokens before block 0.
-            tokens = self.vit._pos_embed(self.vit.patch_embed(images))
-            return self.vit.norm_pre(tokens)
+            return self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(images)))
 
     def forward(
         self,
@@ -164,15 +160,10 @@ class PromptedViT(nn.Module):
 
 
 def check_supported(vit: nn.Module) -> None:
-    """Refuse a network that prompts cannot be injected into.
-
-    Raises:
-        UnsupportedBackboneError: not timm's ``VisionTransformer``, no class token, special blocks or image shape.
-    """
+    """Raise UnsupportedBackboneError unless ``vit`` is timm's, with a class token, plain blocks and square images."""
     if not isinstance(vit, VisionTransformer):
-        raise UnsupportedBackboneError(
-            f"{type(vit).__name__} is not a timm VisionTransformer; choose a vit_* or deit* model"
-        )
+        kind = type(vit).__name__
+        raise UnsupportedBackboneError(f"{kind} is not a timm VisionTransformer; choose a vit_* or deit* model")
     if vit.cls_token is None:
         raise UnsupportedBackboneError("it has no class token, which is what the head reads; choose another ViT")
     for block in vit.blocks:
@@ -199,8 +190,7 @@ def _run_block(block: Block, tokens: Tensor, prompt: LayerPrompt, num_tokens: in
     normed = block.norm1(tokens)
     query_tokens = None
     if num_tokens is not None:
-        query_tokens = _cls_and_extra(normed, num_tokens)
-        tokens = _cls_and_extra(tokens, num_tokens)
+        query_tokens, tokens = _cls_and_extra(normed, num_tokens), _cls_and_extra(tokens, num_tokens)
     tokens = tokens + block.ls1(_attend(block.attn, normed, prompt, query_tokens))
     return tokens + block.ls2(block.mlp(block.norm2(tokens)))
 

@@ -1,18 +1,15 @@
-"""Time, memory and arithmetic of one training step of each phase and of evaluation, with random weights.
+"""Time, memory and arithmetic of a training step of each role and of evaluation, with random weights.
 
     python -m tests.benchmark step --learner_name CODAPrompt --KD_method KD_Token --batch_size 8 --json
 
-prints one JSON object:
+The result is one JSON object:
 
-- ``teacher_s``, ``student_s``, ``evaluate_s``: medians in seconds of a whole step (query, losses, backward pass,
-  optimizer) and of the evaluation of a batch by both models. On a GPU they are taken with CUDA events.
-- ``build_s``: pools, heads and KD method; ``backbones_s``: the backbones with random weights.
-- ``peak_rss_mb``: most resident memory of the process, and ``peak_device_mb`` on a GPU, up to the last timing.
-- ``gemm_gflops``: a large matrix product of the same precision, the median of one before each repeat: a machine
-  that others share slows both down alike.
-- ``flops``: matrix arithmetic of each operation (2 per multiply-add, nothing computed twice), and ``mfu``: its
-  rate as a share of ``gemm_gflops``.
-- ``latency_ms``: prediction for a single image by teacher and student, each with its query.
+- ``teacher_s``, ``student_s``, ``evaluate_s``: median seconds of a whole step and of the evaluation of a batch
+- ``build_s``: pools, heads and KD method; ``backbones_s``: the backbones with random weights
+- ``peak_rss_mb``: most resident memory of the process, and ``peak_device_mb`` on a GPU, after two steps of each kind
+- ``gemm_gflops``: a large matrix product of the same precision, the median of one before each repeat
+- ``flops``: matrix arithmetic of each operation (2 per multiply-add), ``mfu``: its rate as a share of ``gemm_gflops``
+- ``latency_ms``: prediction for a single image by teacher and student, each with its query
 """
 
 from __future__ import annotations
@@ -21,259 +18,123 @@ import argparse
 import contextlib
 import json
 import statistics
-import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from learners.assemble import REDUCED, compiled, set_precision
-from learners.prompt import PromptLearner
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dataloaders.tasks import ClassRange
-from learners.build import build_learner
-from learners.distillers import DISTILLERS
-from learners.distillers.base import DistillSettings
-from learners.optim import OptimSettings
-from learners.steps import make_query
-from models.backbones import check_pair, load_backbone
-from models.prompts import PROMPTS
+import learners.build
+from dataloaders.tasks import ClassRange, split_classes
+from learners.build import REDUCED, build_learner, load_backbones, set_precision
+from learners.check import load_checked_config
+from learners.learner import TaskTraining, TeacherStudentLearner
+from learners.steps import EvalResult, make_query
+from models.backbones import load_backbone
+from utils.config import Config
 from utils.logging import environment, peak_memory_mb
-from utils.parallel import SingleDevice, choose_device
+from utils.parallel import build_parallel
 
-PRECISIONS = ("fp32", "tf32", *REDUCED)
+NUM_CLASSES = 100
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
-Operations = dict[str, Callable[[], Any]]
+Batch = tuple[Tensor, Tensor, ClassRange]  # images [B, 3, H, W], labels [B], and the classes of their task
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmark step", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--learner_name", choices=list(PROMPTS), default="CODAPrompt")
-    add("--prompt_param", type=float, nargs="+", help="default: the paper's")
-    add("--KD_method", choices=list(DISTILLERS), default="KD_Token")
-    add("--kd_prompt_param", type=int, nargs=2, default=(12, 6))
-    add("--t_model", default="vit_base_patch16_224")
-    add("--s_model", default="vit_small_patch16_224")
-    add("--batch_size", type=int, default=8)
-    add("--num_classes", type=int, default=100)
-    add("--num_tasks", type=int, default=10)
-    add("--task", type=int, default=1, help="task that is learned, from 1: pools may grow with it")
-    add("--repeats", type=int, default=5)
-    add("--precision", choices=PRECISIONS, default="fp32")
-    add("--compile", action="store_true")
-    add("--accumulate", type=int, default=1)
-    add("--gpuid", type=int, help="-1 for the CPU; default: GPU 0 if there is one")
-    add("--threads", type=int, help="of the CPU; default: torch's")
-    add("--profile", action="store_true", help="add the operators that take most of each operation's time")
-    add("--json", action="store_true", help="print one JSON object instead of lines")
-    return parser.parse_args(argv)
+def parser(benchmark: str, description: str) -> argparse.ArgumentParser:
+    """The options that the benchmarks of a step share, besides those of ``run.py``."""
+    epilog = "All flags of run.py that concern a step are taken as well, with --batch_size 8 by default."
+    prog = f"python -m tests.benchmark {benchmark}"
+    parser = argparse.ArgumentParser(prog, description=description, epilog=epilog, allow_abbrev=False)
+    parser.add_argument("--num_tasks", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    set_precision(options.precision)
-    device = choose_device(None, None if options.gpuid is None else (options.gpuid,))
-    result = measure(options, device)
-    if options.json:
-        sys.stdout.write(json.dumps(result) + "\n")
-    else:
-        sys.stdout.writelines(f"{key}: {json.dumps(value)}\n" for key, value in result.items())
-    return 0
+def step_config(num_tasks: int, argv: Sequence[str]) -> Config:
+    """The configuration of a run on CIFAR-100's classes with these flags (raises ConfigError)."""
+    split = str(NUM_CLASSES // num_tasks)
+    defaults = ["--dataset", "CIFAR100", "--first_split_size", split, "--other_split_size", split, "--schedule", "1"]
+    defaults += ["--KD_method", "KD_Token", "--batch_size", "8", "--log_dir", tempfile.gettempdir()]
+    return load_checked_config([*defaults, *argv])
 
 
-def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Everything that is printed."""
-    learner, seconds = build(options, device)
-    batch = random_batch(options, learner, device)
-    profiles = {}
-    product = large_product(device, REDUCED.get(options.precision, torch.float32))
-    products: list[float] = []
-    for name, operation in make_operations(learner, batch).items():
-        between = lambda: products.append(seconds_of(product, device))  # noqa: E731
-        seconds[f"{name}_s"] = median_seconds(operation, device, options.repeats, between)
-        if options.profile:
-            profiles[name] = profile(operation, device)
-    if device.type == "cuda":  # the operations' own peak, without the large product's matrices
-        del product
-        torch.cuda.reset_peak_memory_stats(device)
-        for operation in make_operations(learner, batch).values():
-            operation()
-    memory = peak_memory_mb()
-    latency = latencies(learner, batch[0][:1], device, options.repeats)
-    rate = 2 * gemm_size(device) ** 3 / statistics.median(products)
-    learner.compile_step = lambda step: step  # what is compiled cannot be counted
-    flops = {name: count_flops(run) for name, run in make_operations(learner, batch).items()}
-    result = {
-        **seconds,
-        "peak_rss_mb": memory["cpu"],
-        **({"peak_device_mb": memory[str(device)]} if device.type == "cuda" else {}),
-        "gemm_gflops": rate / 1e9,
-        "flops": flops,
-        "mfu": {name: count / seconds[f"{name}_s"] / rate for name, count in flops.items()},
-        "latency_ms": latency,
-        "options": vars(options),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        **environment(),
-    }
-    return result | ({"profile": profiles} if profiles else {})
-
-
-def build(options: argparse.Namespace, device: torch.device) -> tuple[PromptLearner, dict[str, float]]:
-    """The learner, ready for the task, and the seconds that its parts took."""
+def build(config: Config, num_tasks: int, task: int) -> tuple[TeacherStudentLearner, Batch, dict[str, float]]:
+    """The learner, ready for ``task`` (from 1), a random batch, and the seconds that the parts took."""
     torch.manual_seed(0)
-    start = time.perf_counter()
-    names = {"teacher": options.t_model, "student": options.s_model}
-    vits = {role: load_backbone(name, pretrained=False).vit for role, name in names.items()}
-    check_pair(vits["teacher"], vits["student"])
-    if options.precision in REDUCED:
-        vits = {role: vit.reduce_precision(REDUCED[options.precision]) for role, vit in vits.items()}
-    vits = {role: vit.to(device) for role, vit in vits.items()}
-    synchronize(device)  # the device starts and takes the weights before the clock of the rest
-    built = time.perf_counter()
-    layers, length = options.kd_prompt_param
-    learner = build_learner(
-        learner_name=options.learner_name,
-        prompt_param=options.prompt_param or PROMPTS[options.learner_name].paper,
-        kd_method=options.KD_method,
-        distill=DistillSettings(0.5, 2.0, min(layers, vits["student"].depth), length),
-        teacher_vit=vits["teacher"],
-        student_vit=vits["student"],
-        num_classes=options.num_classes,
-        num_tasks=options.num_tasks,
-        optim=OptimSettings(),
-        aux_loss_scale=1.0,
-        seed=0,
-        parallel=SingleDevice(device),
-        accumulate=options.accumulate,
-        compile_step=compiled if options.compile else None,
-    )
-    synchronize(device)
-    seconds = {"build_s": time.perf_counter() - built, "backbones_s": built - start}
-    for task in range(1, options.task):
-        learner.begin_task(task)
-    return learner, seconds
+    set_precision(config.precision)
+    parallel = build_parallel(config.device, config.gpuid)
+    start = now()
+    with patch.object(learners.build, "load_backbone", partial(load_backbone, pretrained=False)):
+        vits = {role: backbone.vit.to(parallel.device) for role, backbone in load_backbones(config).items()}
+    built = now()
+    learner = build_learner(config, vits, NUM_CLASSES, num_tasks, parallel)
+    seconds = {"build_s": now() - built, "backbones_s": built - start}
+    for index in range(1, task):
+        # As if something was learned: untrained components are orthogonal, of which there are as many as dimensions.
+        for parameter in (p for model in learner.models.values() for p in model.prompt.parameters()):
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.01)
+        learner.begin_task(index)
+    batch, size = config.data.batch_size, learner.query_vit.image_size
+    classes = split_classes(NUM_CLASSES, config.data.first_split_size, config.data.other_split_size)[task - 1]
+    images = torch.rand(batch, 3, size, size, device=parallel.device)
+    return learner, (images, torch.randint(*classes, (batch,), device=parallel.device), classes), seconds
 
 
-def random_batch(
-    options: argparse.Namespace, learner: PromptLearner, device: torch.device
-) -> tuple[Tensor, Tensor, ClassRange]:
-    """Images and labels on the device, and the classes of the task."""
-    per_task = options.num_classes // options.num_tasks
-    classes = ClassRange((options.task - 1) * per_task, options.task * per_task)
-    size = learner.query_vit.image_size
-    images = torch.rand(options.batch_size, 3, size, size)
-    targets = torch.randint(classes.start, classes.stop, (options.batch_size,))
-    return images.to(device), targets.to(device), classes
-
-
-def make_operations(learner: PromptLearner, batch: tuple[Tensor, Tensor, ClassRange]) -> Operations:
-    """One step of each phase of the learner, and the evaluation of the batch."""
+def make_operations(learner: TeacherStudentLearner, batch: Batch) -> dict[str, Callable[[], Any]]:
+    """One step of each role of the learner, and the evaluation of the batch, to be run in this order."""
     images, targets, classes = batch
-    operations: Operations = {}
 
-    def training(role: str) -> Callable[[], Any]:
-        phase = None
+    @cache
+    def training(role: str) -> TaskTraining:  # begins when its turn comes, as it decides what has gradients
+        return learner.begin_training(role, classes)
 
-        def step() -> Any:
-            nonlocal phase
-            if phase is None:  # begun when its turn comes: a phase decides what has gradients
-                phase = learner.begin_phase(role, classes)
-            return phase.train_step(images, targets)
-
-        return step
-
-    for role in learner.phases:
-        operations[role] = training(role)
-
-    evaluator = None
+    evaluator = cache(learner.evaluator)
 
     @torch.inference_mode()
-    def evaluate() -> Any:
-        nonlocal evaluator
-        if evaluator is None:  # what is compiled has no truth value
-            evaluator = learner.evaluator()
-        return evaluator(images, targets, classes.stop)
+    def evaluate() -> EvalResult:
+        return evaluator()(images, targets, classes.stop)
 
-    return operations | {"evaluate": evaluate}
+    steps = {role: lambda role=role: training(role).train_step(images, targets) for role in learner.roles}
+    return steps | {"evaluate": evaluate}
 
 
-def median_seconds(
-    operation: Callable[[], Any],
-    device: torch.device,
-    repeats: int,
-    before_each: Callable[[], Any] = lambda: None,
-) -> float:
-    """Of ``repeats`` runs after a warm-up."""
-    for _ in range(3 if device.type == "cuda" else 1):
-        operation()
-    seconds = []
-    for _ in range(repeats):
-        before_each()
-        seconds.append(seconds_of(operation, device))
-    return statistics.median(seconds)
+def now() -> float:
+    """Seconds of a clock, once a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(operation: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        operation()
-        return time.perf_counter() - start
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
+def seconds_of(operation: Callable[[], Any]) -> float:
+    """Wall-clock time of one run."""
+    start = now()
     operation()
-    stop.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(stop) / 1000
+    return now() - start
 
 
-def latencies(learner: PromptLearner, image: Tensor, device: torch.device, repeats: int) -> dict[str, float]:
-    """Milliseconds of the prediction for one image, per model."""
+def latencies(learner: TeacherStudentLearner, image: Tensor, repeats: int) -> dict[str, float]:
+    """Milliseconds of the prediction for one image [1, 3, H, W], per model."""
 
     @torch.inference_mode()
-    def teacher() -> Tensor:
-        query, _ = make_query(learner.query_vit, image)
-        return learner.teacher(learner.teacher.vit.embed(image), query).logits
-
-    @torch.inference_mode()
-    def student() -> Tensor:
+    def predict(role: str) -> Tensor:
         query, tokens = make_query(learner.query_vit, image)
+        if role == "teacher":
+            return learner.teacher(learner.teacher.vit.embed(image), query).logits
         return learner.distiller.predict(learner.student(tokens, query, learner.distiller.student_inputs()))
 
     learner.eval_step()  # puts all into evaluation mode
-    predict = {"teacher": teacher, "student": student}
-    return {role: 1000 * median_seconds(predict[role], device, 3 * repeats) for role in learner.phases}
-
-
-def gemm_size(device: torch.device) -> int:
-    """Rows and columns of the large product's matrices."""
-    return GEMM_SIZE.get(device.type, GEMM_SIZE["cpu"])
-
-
-def large_product(device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """A product of large square matrices, warmed up."""
-    size = gemm_size(device)
-    left, right = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
-    product = lambda: left @ right  # noqa: E731
-    product()
-    return product
+    seconds = {role: [seconds_of(partial(predict, role)) for _ in range(3 * repeats)] for role in learner.roles}
+    return {role: 1000 * statistics.median(values) for role, values in seconds.items()}
 
 
 class NoModules(contextlib.nullcontext):
-    """Which module computes what is of no interest here, and following it fails in inference mode."""
+    """In place of the counter's record of modules, which fails in inference mode."""
 
     parents = ("Global",)
 
@@ -287,27 +148,38 @@ def count_flops(operation: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def profile(operation: Callable[[], Any], device: torch.device, top: int = 12) -> list[dict[str, Any]]:
-    """The operators that take most of the time, with their share of it."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    key = "self_cpu_time_total"
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-        key = "self_device_time_total"
-    with torch.profiler.profile(activities=activities) as profiler:
+def measure(config: Config, num_tasks: int, task: int, repeats: int) -> dict[str, Any]:
+    """The result described at the top."""
+    learner, batch, seconds = build(config, num_tasks, task)
+    for operation in make_operations(learner, batch).values():
         operation()
-    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, key), reverse=True)
-    total = sum(getattr(event, key) for event in events) or 1
-    return [
-        {
-            "operator": event.key,
-            "calls": event.count,
-            "ms": round(getattr(event, key) / 1000, 3),
-            "share": round(getattr(event, key) / total, 4),
-        }
-        for event in events[:top]
-    ]
+        operation()
+    memory = peak_memory_mb()
+    device, size = learner.parallel.device, GEMM_SIZE.get(learner.parallel.device.type, GEMM_SIZE["cpu"])
+    left, right = torch.rand(2, size, size, device=device).to(REDUCED.get(config.precision, torch.float32))
+    products = []
+    for name, operation in make_operations(learner, batch).items():
+        operation()
+        timed = []
+        for _ in range(repeats):
+            products.append(seconds_of(lambda: left @ right))
+            timed.append(seconds_of(operation))
+        seconds[f"{name}_s"] = statistics.median(timed)
+    rate = 2 * size**3 / statistics.median(products)
+    latency = latencies(learner, batch[0][:1], repeats)
+    learner.compile_step = lambda step: step  # what is compiled cannot be counted
+    flops = {name: count_flops(operation) for name, operation in make_operations(learner, batch).items()}
+    mfu = {name: count / seconds[f"{name}_s"] / rate for name, count in flops.items()}
+    peaks = {"peak_rss_mb": memory.pop("cpu"), **({"peak_device_mb": max(memory.values())} if memory else {})}
+    return {**seconds, **peaks, "gemm_gflops": rate / 1e9, "flops": flops, "mfu": mfu, "latency_ms": latency}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str]) -> None:
+    own = parser("step", __doc__.split("\n")[0])
+    own.add_argument("--task", type=int, default=1, help="task that is learned, from 1: pools may grow with it")
+    own.add_argument("--json", action="store_true", help="print all on one line")
+    options, rest = own.parse_known_args(argv)
+    config = step_config(options.num_tasks, rest)
+    result = measure(config, options.num_tasks, options.task, options.repeats)
+    result |= {"options": config.to_yaml_dict() | vars(options), "threads": torch.get_num_threads(), **environment()}
+    print(json.dumps(result, indent=None if options.json else 2))

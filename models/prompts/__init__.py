@@ -28,19 +28,13 @@ class PromptEntry(Entry):
     def parse(self, values: Sequence[float], num_tasks: int | None) -> tuple[dict[str, Any], list[str]]:
         """Turn the values of ``--prompt_param`` into keywords of the pool's constructor.
 
-        Args:
-            values: the numbers as given.
-            num_tasks: see :meth:`Field.parse`.
-
         Returns:
             The keywords of the allowed values, and one sentence for each other value.
         """
         if len(values) != len(self.fields):
-            given = " ".join(f"{value:g}" for value in values)
-            return {}, [
-                f"{len(self.fields)} values are needed ({', '.join(field.label for field in self.fields)};"
-                f" paper: {self.paper_text()}), {len(values)} given ({given})"
-            ]
+            labels = ", ".join(field.label for field in self.fields)
+            given = f"{len(values)} given ({' '.join(f'{value:g}' for value in values)})"
+            return {}, [f"{len(self.fields)} values are needed ({labels}; paper: {self.paper_text()}), {given}"]
         keywords, problems = {}, []
         for field, value in zip(self.fields, values, strict=True):
             try:

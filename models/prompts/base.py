@@ -36,9 +36,6 @@ class PromptPool(nn.Module):
 
     Parameters are read as attributes, never through ``get_parameter`` or ``parameters()``: in a replica of
     ``DataParallel`` they are plain tensors.
-
-    Args:
-        dims: sizes of query, backbone and task stream.
     """
 
     def __init__(self, dims: PromptDims) -> None:

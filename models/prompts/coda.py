@@ -21,7 +21,6 @@ class CODAPrompt(PromptPool):
         pool: M, number of components; at least one for each task.
         length: prompt length, split evenly in keys and values.
         ortho_weight: weight of the orthogonality penalty; 0 switches it off.
-        dims: sizes.
     """
 
     def __init__(self, *, pool: int, length: int, ortho_weight: float, dims: PromptDims) -> None:
@@ -38,13 +37,12 @@ class CODAPrompt(PromptPool):
     def begin_task(self, task: int, generator: torch.Generator) -> None:
         """Grow the pool: draw new components for the task, orthogonal to all earlier ones."""
         super().begin_task(task, generator)
-        start, stop = self._components()
+        start = task * self.per_task
         for layer in self.layers:
             for parameter in self._tensors(layer):
-                draws = torch.randn(stop - start, parameter[0].numel(), generator=generator)
-                grown = gram_schmidt_growth(parameter.detach().cpu(), draws, start)
+                draws = torch.randn(self.per_task, parameter[0].numel(), generator=generator)
                 with torch.no_grad():
-                    parameter.copy_(grown)
+                    parameter.copy_(gram_schmidt_growth(parameter.detach().cpu(), draws, start))
 
     def forward(self, query: Tensor) -> PromptOutput:
         prompts = self.no_prompts()
@@ -55,24 +53,18 @@ class CODAPrompt(PromptPool):
             prompt = (weights @ p.flatten(1)).unflatten(1, p.shape[1:])  # [B, length, D]
             prompts[layer] = LayerPrompt(prefix=split_prompt(prompt))
             if self.training and self.ortho_weight > 0:
-                penalty = sum(orthogonality(x) for x in (keys, attention, p.flatten(1)))
-                loss = loss + self.ortho_weight * penalty
+                loss = loss + self.ortho_weight * sum(orthogonality(x) for x in (keys, attention, p.flatten(1)))
         return PromptOutput(prompts, loss)
 
     def usage(self, query: Tensor) -> dict[str, Tensor]:
         """Sum each component's weight over the batch, per block."""
-        pool = len(getattr(self, f"e_k_{self.layers[0]}"))
         result = {}
         for layer in self.layers:
             _, keys, attention = self._visible(layer)
-            total = query.new_zeros(pool)
+            total = query.new_zeros(len(getattr(self, f"e_k_{layer}")))
             total[: len(keys)] = component_weights(query, keys, attention).sum(0)
             result[f"block {layer}"] = total
         return result
-
-    def _components(self) -> tuple[int, int]:
-        """The current task's components, [start, stop)."""
-        return self.task * self.per_task, (self.task + 1) * self.per_task
 
     def _tensors(self, layer: int) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         # The order, keys before attention before components, is the order of the random draws.
@@ -80,7 +72,8 @@ class CODAPrompt(PromptPool):
 
     def _visible(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Components, keys and attention up to the current task; past ones without gradient in training."""
-        start, stop = self._components()
+        start = self.task * self.per_task
+        stop = start + self.per_task
         keys, attention, p = (
             torch.cat([x[:start].detach(), x[start:stop]]) if self.training else x[:stop] for x in self._tensors(layer)
         )
@@ -90,13 +83,7 @@ class CODAPrompt(PromptPool):
 def component_weights(query: Tensor, keys: Tensor, attention: Tensor) -> Tensor:
     """``w[b, m] = cos(q_b * A_m, K_m)``, arXiv 2211.13218 eq. 5, as two matrix products.
 
-    Args:
-        query: [B, D].
-        keys: K, [M, D].
-        attention: A, [M, D].
-
-    Returns:
-        [B, M]. No softmax is applied.
+    Queries [B, D], keys K [M, D] and attention A [M, D] give [B, M]. No softmax is applied.
     """
     unit_keys = nn.functional.normalize(keys, dim=1)
     # cos(q * A, K) = sum_d q A K / (|q * A| |K|): no [B, M, D] tensor is needed.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from models.prompts.base import PromptDims, PromptOutput, PromptPool, cosine_similarity, uniform_parameter
@@ -18,7 +17,6 @@ class DualPrompt(PromptPool):
         pool: M, number of E prompts; at least one for each task.
         e_length: length of an E prompt, split evenly in keys and values.
         g_length: length of a G prompt, likewise.
-        dims: sizes.
     """
 
     def __init__(self, *, pool: int, e_length: int, g_length: int, dims: PromptDims) -> None:
@@ -52,8 +50,7 @@ class DualPrompt(PromptPool):
         result = {}
         for layer in self.e_layers:
             similarity = self._similarity(query, layer)
-            chosen = similarity.argmax(1)
-            result[f"block {layer}"] = torch.bincount(chosen, minlength=similarity.shape[1]).float()
+            result[f"block {layer}"] = similarity.argmax(1).bincount(minlength=similarity.shape[1]).float()
         return result
 
     def _similarity(self, query: Tensor, layer: int) -> Tensor:

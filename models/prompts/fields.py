@@ -5,7 +5,6 @@ Each rule turns one number into one keyword of a pool's constructor, or says wha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Field:
-    """One value of ``--prompt_param``.
+    """One value of ``--prompt_param``, a finite number.
 
     Attributes:
         name: the keyword of the pool's constructor that receives the value.
@@ -28,9 +27,7 @@ class Field:
         raise NotImplementedError
 
     def parse(self, value: float, num_tasks: int | None) -> Any:
-        """Return the constructor's value for the number ``value``.
-
-        ``num_tasks`` is the number of tasks T of the run; None while it is unknown, which skips what needs it.
+        """The constructor's value for ``value`` in a run of T = ``num_tasks`` (None while unknown: not checked).
 
         Raises:
             ValueError: the value is not allowed; the message says which values are.
@@ -52,29 +49,27 @@ class Count(Field):
         return f"{'even, ' if self.even else ''}at least {self.minimum}"
 
     def parse(self, value: float, num_tasks: int | None) -> int:
-        if not math.isfinite(value) or value != int(value):
+        if value != int(value):
             raise ValueError(f"{self.label} must be a whole number, not {value:g}")
         count = int(value)
         if count < self.minimum or (self.even and count % 2):
             nearest = max(self.minimum, count + count % 2)
             raise ValueError(f"{self.label} must be {self.rule()}, not {count}; use for example {nearest}")
         if self.per_task and num_tasks is not None and count < num_tasks:
-            raise ValueError(
-                f"{self.label} must be at least the number of tasks, {num_tasks}, not {count}"
-                " (enlarge it, or make other_split_size larger)"
-            )
+            must = f"must be at least the number of tasks, {num_tasks}, not {count}"
+            raise ValueError(f"{self.label} {must} (enlarge it, or make other_split_size larger)")
         return count
 
 
 @dataclass(frozen=True)
 class Weight(Field):
-    """The weight of a loss term: a finite number, 0 or more."""
+    """The weight of a loss term."""
 
     def rule(self) -> str:
         return "0 or more"
 
     def parse(self, value: float, num_tasks: int | None) -> float:
-        if not math.isfinite(value) or value < 0:
+        if value < 0:
             raise ValueError(f"{self.label} must be 0 or more, not {value:g}")
         return float(value)
 

@@ -19,8 +19,6 @@ class L2P(PromptPool):
     Args:
         pool: M, number of prompts; at least 5.
         length: length of a prompt, split evenly in keys and values.
-        deep: prompts on five blocks instead of one.
-        dims: sizes.
     """
 
     def __init__(self, *, pool: int, length: int, deep: bool, dims: PromptDims) -> None:

@@ -7,12 +7,10 @@
 
 ``index.json`` beside this script is the choice of classes and of test pictures: 200 emoji drawn at random with at
 least 8 renditions, none with a median correlation above 0.8 to another one, and whole artist families, 3 renditions
-of each class, drawn as test pictures. This script renders what it lists into ``NEW_DIR/images.zip``. ``--base`` also
-writes the renditions of all other emoji that look like none of them: ``images`` uint8 [n, 64, 64, 4] (straight
-alpha), ``labels`` int64 [n], ``names`` and ``codepoints`` [classes], ``sets`` [n].
+of each class, drawn as test pictures. ``--base`` also writes the renditions of all other emoji that look like none of
+them: ``images`` uint8 [n, 64, 64, 4] (straight alpha), ``labels`` int64 [n], ``sets`` [n].
 
-Every step is exact integer or correctly rounded arithmetic (or a pinned wheel's), so that the pixels do not depend on
-the machine.
+Every step is exact integer or correctly rounded arithmetic, or a pinned wheel's: the pixels are the same everywhere.
 """
 
 import argparse
@@ -23,7 +21,6 @@ import re
 import unicodedata
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import resvg_py
@@ -41,21 +38,10 @@ MIN_SHARED_SETS = 3  # a median correlation over fewer sets says nothing
 
 FONT_SET = "noto-emoji-font"
 FONT_FILE = "@expo-google-fonts/noto-emoji/400Regular/NotoEmoji_400Regular.ttf"
-ICON_SETS = (
-    "twemoji",
-    "noto",
-    "noto-v1",
-    "fxemoji",
-    "emojione",
-    "emojione-monotone",
-    "fluent-emoji-flat",
-    "fluent-emoji-high-contrast",
-    "streamline-emojis",
-)
+ICON_SETS = ("twemoji", "noto", "noto-v1", "fxemoji", "emojione", "emojione-monotone")
+ICON_SETS += ("fluent-emoji-flat", "fluent-emoji-high-contrast", "streamline-emojis")
 
-ZODIAC = set(
-    "Aries Taurus Gemini Cancer Leo Virgo Libra Scorpio Sagittarius Capricorn Aquarius Pisces Ophiuchus".split()
-)
+ZODIAC = "Aries Taurus Gemini Cancer Leo Virgo Libra Scorpio Sagittarius Capricorn Aquarius Pisces Ophiuchus".split()
 # Flags, keycaps, clocks, arrows and plain shapes by name; plain shapes include what is only a sign:
 # letters on a button, mathematical and punctuation marks, hearts that differ in colour, moon phases.
 EXCLUDED = re.compile(
@@ -66,15 +52,8 @@ EXCLUDED = re.compile(
 )
 KEPT = {"red heart", "broken heart", "anatomical heart", "crescent moon", "moon cake"}
 
-Catalogue = dict[str, "Emoji"]
+Catalogue = dict[str, dict]  # code point key -> "name" and "group" in Unicode
 Renditions = dict[str, dict[str, np.ndarray]]  # code point key -> set -> uint8 [64, 64, 4], straight alpha
-
-
-class Emoji(NamedTuple):
-    """A class: its Unicode name and its group."""
-
-    name: str
-    group: str
 
 
 def codepoint_key(codepoints: list[str]) -> str:
@@ -89,20 +68,15 @@ def read_json(path: Path) -> dict:
 def load_catalogue(node_modules: Path) -> Catalogue:
     """All emoji of Unicode, in Unicode's order, by code point key."""
     data = read_json(node_modules / "unicode-emoji-json" / "data-by-emoji.json")
-    return {
-        codepoint_key([f"{ord(char):x}" for char in text]): Emoji(entry["name"], entry["group"])
-        for text, entry in data.items()
-    }
+    return {codepoint_key([f"{ord(char):x}" for char in text]): entry for text, entry in data.items()}
 
 
-def is_eligible(key: str, emoji: Emoji) -> bool:
+def is_eligible(key: str, name: str, group: str) -> bool:
     """Whether the emoji shows a thing: no flag, skin tone, keycap, clock, arrow, plain shape, zodiac, ZWJ."""
-    points = key.split("-")
-    if emoji.group in ("Flags", "Component") or emoji.name in ZODIAC or "200d" in points:
+    points = [int(point, 16) for point in key.split("-")]
+    if group in ("Flags", "Component") or name in ZODIAC or any(p == 0x200D or 0x1F3FB <= p <= 0x1F3FF for p in points):
         return False
-    if any(0x1F3FB <= int(point, 16) <= 0x1F3FF for point in points):
-        return False
-    return emoji.name in KEPT or not EXCLUDED.search(emoji.name)
+    return name in KEPT or not EXCLUDED.search(name)
 
 
 def squash(name: str) -> str:
@@ -116,7 +90,7 @@ class IconSet:
 
     def __init__(self, folder: Path):
         data = read_json(folder / "icons.json")
-        self.icons: dict[str, dict] = data["icons"]
+        self.icons = data["icons"]
         # An alias may also turn or mirror its parent; those are other pictures, and are left out.
         self.aliases = {
             name: entry["parent"]
@@ -140,15 +114,14 @@ def name_table(catalogue: Catalogue, sets: dict[str, IconSet]) -> dict[str, str]
     """Squashed name -> code point key, by vote: emoji name, character name, names in other sets."""
     votes: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for key, emoji in catalogue.items():
-        votes[squash(emoji.name)][key] += 100
-        character_name = "" if "-" in key else unicodedata.name(chr(int(key, 16)), "")
-        if character_name:
+        votes[squash(emoji["name"])][key] += 100
+        if "-" not in key and (character_name := unicodedata.name(chr(int(key, 16)), "")):
             votes[squash(character_name)][key] += 10
     for icons in sets.values():
-        key_of = {name: key for key, name in icons.key_names if key in catalogue}
-        for key, name in icons.key_names:
-            if key in catalogue:
-                votes[squash(name)][key] += 3
+        known = [(key, name) for key, name in icons.key_names if key in catalogue]
+        key_of = {name: key for key, name in known}
+        for key, name in known:
+            votes[squash(name)][key] += 3
         for alias, parent in icons.aliases.items():
             if parent in key_of:
                 votes[squash(alias)][key_of[parent]] += 1
@@ -162,17 +135,14 @@ def name_table(catalogue: Catalogue, sets: dict[str, IconSet]) -> dict[str, str]
 
 def match_icons(icons: IconSet, catalogue: Catalogue, names: dict[str, str]) -> dict[str, str]:
     """Code point key -> icon name for one set, by code point where the set has them, else by name."""
-    matched: dict[str, str] = {}
+    targets, matched = {name: name for name in icons.icons}, {}
+    targets |= {name: target for name, target in icons.aliases.items() if name not in targets}
     for key, name in icons.key_names:
-        target = name if name in icons.icons else icons.aliases.get(name)
-        if key in catalogue and target:
-            matched.setdefault(key, target)
-    if icons.key_names:
-        return matched
-    for name, target in [*((name, name) for name in icons.icons), *icons.aliases.items()]:
+        if key in catalogue and name in targets:
+            matched.setdefault(key, targets[name])
+    for name, target in () if icons.key_names else targets.items():
         # Numbered variants of one emoji (streamline's "cloud-1"): take the first.
-        key = names.get(squash(name)) or names.get(squash(re.sub(r"-1$", "", name)))
-        if key:
+        if key := names.get(squash(name)) or names.get(squash(re.sub(r"-1$", "", name))):
             matched.setdefault(key, target)
     return matched
 
@@ -206,7 +176,7 @@ def render_glyph(char: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 def render_all(node_modules: Path, catalogue: Catalogue) -> Renditions:
     """All renditions of the eligible emoji; pictures that are empty are left out."""
-    renditions: Renditions = {key: {} for key, emoji in catalogue.items() if is_eligible(key, emoji)}
+    renditions: Renditions = {key: {} for key, e in catalogue.items() if is_eligible(key, e["name"], e["group"])}
     sets = {name: IconSet(node_modules / "@iconify-json" / name) for name in ICON_SETS}
     names = name_table(catalogue, sets)
     matched = {name: match_icons(icons, catalogue, names) for name, icons in sets.items()}
@@ -246,8 +216,7 @@ def median_correlations(keys: list[str], renditions: Renditions) -> np.ndarray:
         present = [i for i, key in enumerate(keys) if name in renditions[key]]
         images = np.stack([on_white(renditions[keys[i]][name]) for i in present])
         layer[np.ix_(present, present)] = correlations(images)
-    few = (~np.isnan(stacked)).sum(0) < MIN_SHARED_SETS
-    stacked[:, few] = np.nan
+    stacked[:, (~np.isnan(stacked)).sum(0) < MIN_SHARED_SETS] = np.nan
     return np.nanmedian(stacked, axis=0)
 
 
@@ -255,15 +224,15 @@ def write_images(path: Path, images: list[dict], keys: list[str], renditions: Re
     """Write images.zip (stored, sorted, fixed time stamps)."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for image in sorted(images, key=lambda image: image["file"]):
-            buffer = io.BytesIO()
-            rendition = Image.fromarray(on_white(renditions[keys[image["label"]]][image["set"]]))
-            rendition.save(buffer, "WEBP", lossless=True, quality=75, method=4)  # more costs minutes for 2 %
+            buffer, rendition = io.BytesIO(), renditions[keys[image["label"]]][image["set"]]
+            # A higher quality or method costs minutes for 2 %.
+            Image.fromarray(on_white(rendition)).save(buffer, "WEBP", lossless=True, quality=75, method=4)
             entry = zipfile.ZipInfo(image["file"], (1980, 1, 1, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o644 << 16
             archive.writestr(entry, buffer.getvalue())
 
 
-def write_base(path: Path, catalogue: Catalogue, renditions: Renditions, novel: list[str]) -> None:
+def write_base(path: Path, renditions: Renditions, novel: list[str]) -> None:
     """Write the base classes' renditions: from one that looks like a novel class, that class would be learned."""
     keys = [key for key, found in renditions.items() if found]
     alike = (median_correlations(keys, renditions)[:, [keys.index(key) for key in novel]] > MAX_CORRELATION).any(1)
@@ -274,8 +243,6 @@ def write_base(path: Path, catalogue: Catalogue, renditions: Renditions, novel: 
         images=np.stack([renditions[base[label]][name] for label, name in rows]),
         labels=np.array([label for label, _ in rows], np.int64),
         sets=np.array([name for _, name in rows]),
-        names=np.array([catalogue[key].name for key in base]),
-        codepoints=np.array(base),
     )
 
 
@@ -292,7 +259,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     write_images(args.out / "images.zip", index["images"], novel, renditions)
     if args.base:
-        write_base(args.base, catalogue, renditions, novel)
+        write_base(args.base, renditions, novel)
 
 
 if __name__ == "__main__":
