@@ -48,38 +48,27 @@ BAD = [
     # names
     flag("--learner_name CODA", "--learner_name", "CODAPrompt", "DualPrompt", "L2P"),
     flag("--learner_name dualprompt", "--learner_name", "Did you mean DualPrompt?"),
-    flag("--learner_type default", "--learner_type", "prompt"),
     flag("--KD_method KDToken", "--KD_method", "KD_Token"),
-    flag("--KD_method None", "--KD_method", "none"),
     flag("--dataset EmojiR", "--dataset", "Emoji_R", "CIFAR100"),
-    flag("--dataset cifar100", "--dataset", "CIFAR100"),
     flag("--t_model vit_bas_patch16_224", "--t_model", "did you mean vit_base_patch16_224?"),
-    flag("--s_model mini_vit_smal", "--s_model", "did you mean mini_vit_small?"),
     flag(f"--s_model {'9' * 5000}", "--s_model must be a model", "999..."),
     key({"t_model": "mini\nvit"}, "t_model", "must be a model"),
     flag("--t_model resnet50", "--t_model", "no vision transformer"),
     flag("--t_model vit_base_patch16_224.augreg_in22k", "--t_model", "augreg_in21k"),
-    flag("--class_order random", "--class_order", "natural | shuffled"),
     flag("--optimizer AdamW", "--optimizer", "did you mean Adam?"),
-    flag("--schedule_type cos", "--schedule_type", "cosine | decay"),
-    flag("--precision half", "--precision", "fp16"),
     flag("--device gpu", "--device", "cpu | cuda | mps"),
     # unknown flags and keys
     flag("--batchsize 8", "unknown flag --batchsize", "--batch_size"),
     flag("--kd-alpha 0.5", "unknown flag --kd-alpha", "--kd_alpha"),
-    flag("--kd_alph 0.5", "unknown flag --kd_alph", "--kd_alpha"),
     flag("--qqqqqq", "unknown flag --qqqqqq", "--help"),
     flag("-lr 0.1", "unknown flag -lr", "--lr"),
     key({"learning_rate": 0.1}, "unknown key 'learning_rate'", "config.yaml"),
     key({"batchsize": 8}, "unknown key 'batchsize'", "did you mean batch_size?"),
     key({3: 8}, "unknown key 3", "config.yaml"),
     key({"export": "a.pt2"}, "export", "on the command line"),
-    key({"eval_only": True}, "eval_only", "on the command line"),
     # missing and superfluous values
-    flag("--lr", "--lr", "takes one value"),
     flag("--lr 0.1 0.2", "--lr", "takes one value", "2 values"),
     flag("--gpuid", "--gpuid", "-1"),
-    flag("--schedule", "--schedule", "one number or more"),
     flag("--overwrite", "--overwrite", "0 or 1"),
     flag("--predict", "--predict", "one image or more"),
     flag("--t_model=", "--t_model", "must be"),
@@ -89,55 +78,39 @@ BAD = [
     # types
     flag("--batch_size many", "--batch_size", "whole number"),
     flag("--batch_size 8.5", "--batch_size", "whole number"),
-    flag("--random_s seed", "--random_s", "whole number"),
     flag("--DW maybe", "--DW", "0 or 1"),
     flag("--lr 1e-3x", "--lr", "above 0"),
     key({"lr": "fast"}, "lr", "above 0", "config.yaml"),
-    key({"lr": [0.1, 0.2]}, "lr", "one value"),
     key({"batch_size": True}, "batch_size", "whole number"),
-    key({"schedule": "long"}, "schedule", "whole number"),
     key({"schedule": {"epochs": 3}}, "schedule", "a mapping"),
-    key({"validation": "perhaps"}, "validation", "0 or 1"),
     key({"dataset": ["CIFAR100", "Emoji_R"]}, "dataset", "one value"),
     # ranges
     flag("--kd_alpha 1.5", "--kd_alpha", "from 0 to 1"),
-    flag("--kd_alpha -0.1", "--kd_alpha", "from 0 to 1"),
     flag("--kd_alpha nan", "--kd_alpha", "from 0 to 1"),
     flag("--Soft_T 0", "--Soft_T", "above 0"),
     flag("--Soft_T inf", "--Soft_T", "above 0"),
     flag("--aux_loss_scale -1", "--aux_loss_scale", "at least 0"),
     flag("--lr 0", "--lr", "above 0"),
-    flag("--lr -0.001", "--lr", "above 0"),
     flag("--momentum 1", "--momentum", "below 1"),
     flag("--weight_decay -1", "--weight_decay", "at least 0"),
     flag("--batch_size 0", "--batch_size", "at least 1"),
-    flag("--workers -1", "--workers", "at least 0"),
     flag("--memory -5", "--memory", "at least 0"),
     flag("--max_task 0", "--max_task", "-1 or", "at least 1"),
-    flag("--random_s -1", "--random_s", "at least 0"),
-    flag("--repeat 0", "--repeat", "at least 1"),
-    flag("--top 0", "--top", "at least 1"),
-    flag("--log_interval 0", "--log_interval", "at least 1"),
     flag("--schedule 0", "--schedule", "at least 1"),
-    flag("--schedule -5", "--schedule", "at least 1"),
     flag("--schedule 20 10", "--schedule", "increasing"),
     flag("--crop_scale 0 1", "--crop_scale", "above 0"),
     flag("--crop_scale 0.9 0.1", "--crop_scale", "smaller first"),
     flag("--crop_scale 0.5", "--crop_scale", "2 numbers"),
     flag("--first_split_size 0", "--first_split_size", "at least 1"),
-    flag("--other_split_size -3", "--other_split_size", "at least 1"),
     flag("--first_split_size 201", "--first_split_size 201", "200 classes of Emoji_R"),
     flag("--other_split_size 500", "--other_split_size 500", "200 classes of Emoji_R"),
     # prompt parameters
     flag("--prompt_param 100 8", "--prompt_param of CODAPrompt", "3 values are needed", "100 8 0"),
-    flag("--prompt_param 100 8 0 0", "--prompt_param of CODAPrompt", "3 values are needed"),
     flag("--prompt_param 100 7 0", "--prompt_param of CODAPrompt", "even", "8"),
-    flag("--prompt_param 100 0 0", "--prompt_param of CODAPrompt", "at least 2"),
     flag("--prompt_param 9 8 0", "--prompt_param of CODAPrompt", "number of tasks, 10"),
     flag("--prompt_param 100.5 8 0", "--prompt_param of CODAPrompt", "whole number"),
     flag("--prompt_param 100 8 -1", "--prompt_param of CODAPrompt", "orthogonality weight", "0 or more"),
     flag("--prompt_param a b c", "--prompt_param", "number"),
-    flag("--learner_name DualPrompt --prompt_param 9 20 6", "of DualPrompt", "number of tasks"),
     flag("--learner_name DualPrompt --prompt_param 10 20 5", "--prompt_param of DualPrompt", "even"),
     flag("--learner_name DualPrompt --other_split_size 5", "of DualPrompt", "number of tasks, 37"),
     flag("--learner_name L2P --prompt_param 4 20 -1", "--prompt_param of L2P", "at least 5"),
@@ -150,20 +123,15 @@ BAD = [
     flag("--KD_method KD --kd_prompt_param 4 x", "--kd_prompt_param", "'x'"),
     flag("--KD_method ReviewKD --t_model mini_vit_small --s_model mini_vit_base", "--t_model", "blocks", "6"),
     flag("--t_model vit_base_patch16_224", "--t_model", "--s_model", "224 px", "64 px"),
-    flag(
-        "--KD_method FitNets --t_model vit_base_patch32_224 --s_model vit_small_patch16_224",
-        "--t_model", "50", "197", "tokens",
-    ),
+    flag("--KD_method FitNets --t_model vit_base_patch32_224 --s_model vit_small_patch16_224", "50", "197", "tokens"),
     # devices
     flag("--gpuid 0", "--gpuid 0", "--gpuid -1"),
-    flag("--gpuid 0 1", "--gpuid 0 1", "no CUDA device"),
     flag("--gpuid -2", "--gpuid", "-1 or"),
     flag("--gpuid 0 0", "--gpuid", "no two equal"),
     flag("--gpuid -1 0", "--gpuid -1 0", "stands alone"),
     flag("--device cuda", "--device cuda", "--gpuid -1"),
     flag("--device cpu --gpuid 0", "--device cpu", "exclude"),
     flag("--accumulate 3", "--accumulate 3", "16", "2"),
-    flag("--accumulate 0", "--accumulate", "at least 1"),
     # paths
     flag("--log_dir {tmp}/file", "--log_dir", "is a file", "choose another path"),
     flag("--log_dir {tmp}/file/below", "--log_dir", "is a file"),
@@ -181,16 +149,11 @@ BAD = [
     # files
     flag("--config {tmp}/none.yaml", "none.yaml does not exist"),
     flag("--config {root}/configs/emoji_r_prompt.yaml", f"did you mean --config {EMOJI_R}?"),
-    flag("--config {tmp}", "is a folder", "YAML file"),
     flag("--config /dev/zero", "/dev/zero", "YAML file"),
     file(b"", "is empty", "configs/*.yaml"),
-    file(b"# only a comment\n", "is empty"),
-    file(b"lr: [1, 2\n", "not valid YAML", "config.yaml"),
     file(b"lr: 1\n  batch_size: 2\n", "not valid YAML", "line 2"),
     file(b"\x89PNG\r\n\x1a\n\0\0", "config.yaml", "YAML file"),
-    file(b"lr: 1\x00\n", "not valid YAML"),
     file(b"- lr\n- 1\n", "key: value"),
-    file(b"just words\n", "key: value"),
     file(b"lr: 0.1\nlr: 0.2\n", "'lr' is there twice"),
     file(b"{[1, 2]: 3}\n", "not valid YAML"),
     file(b"random_s: 2024-99-99\n", "not valid YAML"),
@@ -241,18 +204,12 @@ def test_refused(bad, tmp_path, capsys, no_gpu):
     assert_refused(bad, code, capsys.readouterr().err, tmp_path)
 
 
-@pytest.mark.parametrize("bad", BAD[:: len(BAD) // 5], ids=name_of)
+@pytest.mark.parametrize("bad", BAD[:: len(BAD) // 3], ids=name_of)
 def test_refused_in_a_process_of_its_own(bad, tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("RANK", None)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *command(bad, tmp_path)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
+    words = [sys.executable, str(ROOT / "run.py"), *command(bad, tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert_refused(bad, done.returncode, done.stderr, tmp_path)
 
 
@@ -291,14 +248,6 @@ def test_help_needs_nothing_else(capsys, flags):
     assert run.main(flags) == 0
     text = capsys.readouterr().out
     assert "--kd_prompt_param" in text and "KD_Token" in text and "paper: 100 8 0" in text
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_folder_without_permission(tmp_path, capsys):
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o555)
-    assert run.main(["--config", str(EMOJI_R), "--gpuid", "-1", "--log_dir", str(closed / "run")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", ["--predict", "--export"])

@@ -375,15 +375,16 @@ class TestFolder:
         assert len(steps) == (12 if moment == "finished" else 16)
         assert runs.results(folder) == reference
 
-    def test_weights_at_another_place(self, config, unfinished, start, reference, tmp_path, capsys):
+    def test_weights_at_another_place(self, config, folder, start, reference, tmp_path, capsys):
         """Their content counts, when a run resumes and when nothing is left to do."""
+        assert start("--max_task", 1) == 0
         moved = shutil.copy(config.parent / "teacher.pth", tmp_path / "moved.pth")
         for _ in range(2):
             assert start("--t_weights", moved) == 0
         assert "holds a finished run of this command" in "".join(capsys.readouterr())
-        assert f"t_weights: {moved}" in (unfinished / "args.yaml").read_text()
+        assert f"t_weights: {moved}" in (folder / "args.yaml").read_text()
         models = {name: digest for name, digest in reference.items() if name.startswith("models/")}
-        assert models.items() <= runs.results(unfinished).items()
+        assert models.items() <= runs.results(folder).items()
 
     def test_repeat(self, config, start, folder, tmp_path, at, capsys):
         flags = (*SHORT, "--repeat", 2, "--random_s", 3)
