@@ -52,14 +52,9 @@ def cells(files, student=None):
 
 
 def test_seeds_are_joined_and_all_else_is_told_apart(tmp_path):
-    changes = [
-        {},
-        {"lr": 0.2},
-        {"method": "KD_Token"},
-        {"method": "KD_Token", "kd_prompt_param": [1, 6]},
-        {"tasks": 3},
-        {"data": DATA | {"class_names_sha256": "b" * 64}},
-    ]
+    other_parameters = {"method": "KD_Token", "kd_prompt_param": [1, 6]}
+    other_data = {"data": DATA | {"class_names_sha256": "b" * 64}}
+    changes = [{}, {"lr": 0.2}, {"method": "KD_Token"}, other_parameters, {"tasks": 3}, other_data]
     for number, change in enumerate(changes):
         put(tmp_path / f"runs/{number}", **change)
     put(tmp_path / "runs/second seed", seed=2, final=62.0)
@@ -149,30 +144,22 @@ def test_unfinished_runs_are_marked_and_do_not_count(tmp_path):
 
 def test_damaged_and_foreign_folders_are_listed(tmp_path):
     runs = tmp_path / "runs"
-    good = (put(runs / "good") / "Results" / "metrics.json").read_bytes()
-    metrics = json.loads(good)
-    metrics["student"]["accuracy_matrix"] = [[1.0], [2.0]]
-    broken = {
-        "empty": b"",
-        "half": good[:100],
-        "latin": b'{"format": "\xe9"}',
-        "list": b"[]",
-        "other": b'{"format": 9}',
-        "lacks": b'{"format": 1}',
-        "matrix": json.dumps(metrics).encode(),
-    }
+    good = (put(runs / "good") / "Results/metrics.json").read_bytes()
+    matrix = json.loads(good)
+    matrix["student"]["accuracy_matrix"] = [[1.0], [2.0]]
+    broken = {"empty": b"", "half": good[:100], "latin": b'{"format": "\xe9"}', "other": b'{"format": 9}'}
+    broken |= {"list": b"[]", "lacks": b'{"format": 1}', "matrix": json.dumps(matrix).encode()}
     for name, content in broken.items():
         (runs / name / "Results").mkdir(parents=True)
-        (runs / name / "Results" / "metrics.json").write_bytes(content)
-    (runs / "started").mkdir()
-    (runs / "started" / "args.yaml").write_text("lr: 1")
-    (runs / "notes" / "deeper").mkdir(parents=True)
+        (runs / name / "Results/metrics.json").write_bytes(content)
+    for name in ("started", "notes/deeper"):
+        (runs / name).mkdir(parents=True)
+    (runs / "started/args.yaml").write_text("lr: 1")
     (runs / "args.yaml").write_text("lr: 1")  # a folder of --repeat is no run
     files = report(runs, out=runs / "report")
     assert files == report(runs, out=runs / "report")  # the same bytes, since a report does not list itself
     listed = re.findall(r"^\| \S*/(\w+) \| (\S+)", files["md"].partition("## Folders not used")[2], re.MULTILINE)
-    expected = dict.fromkeys(broken, "Results/metrics.json") | {"started": "has", "notes": "holds"}
-    assert dict(listed) == expected
+    assert dict(listed) == dict.fromkeys(broken, "Results/metrics.json") | {"started": "has", "notes": "holds"}
     assert len(cells(files)) == 1 and "no task was finished" in files["html"]
 
 
@@ -203,15 +190,15 @@ def test_text_from_folders_is_escaped(tmp_path):
     [
         ([], "required: DIR"),
         (["nowhere"], "nowhere is not a folder"),
-        (["."], "there is no run in ."),
+        (["empty"], "there is no run in empty"),
         (["a", "--out", "file"], "--out file cannot be written"),
     ],
 )
 def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
+    put(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
-    if "a" in arguments:
-        put(tmp_path / "a")
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert words in capsys.readouterr().err and not (tmp_path / "report").exists()
