@@ -1,7 +1,5 @@
 """Whole runs of ``run.py`` that take a second: two tasks of two classes, small images, small random ViTs."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import multiprocessing

@@ -1,7 +1,5 @@
 """Whole runs in several processes: their results, the files they write, and how they end."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -98,9 +96,6 @@ def test_the_first_process_alone_does_everything_but_training(single):
     assert "accuracy matrices equal" in outputs[0] and outputs[1] == ""
 
 
-# -------------------------------------------------------------------------------------- ends before the start
-
-
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
@@ -175,9 +170,6 @@ def test_compiled_steps_need_a_process_for_each_gpu(monkeypatch):
     found = problems(monkeypatch, gpus=2, gpuid=(0, 1), compile=True)
     assert "leave it out, or let 2 processes use the GPUs by bash experiments/torchrun.sh 2" in found
     assert problems(monkeypatch, gpus=2, gpuid=(1,), compile=True) == ""
-
-
-# ------------------------------------------------------------------------------------ ends in the middle
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 1)])

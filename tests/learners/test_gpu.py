@@ -1,7 +1,5 @@
 """Properties that only a GPU can show; skipped where there is none."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

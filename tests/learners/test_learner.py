@@ -1,7 +1,5 @@
 """Training of both models, for every pair of learner and KD method: what moves and what must not."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

@@ -1,7 +1,5 @@
 """A batch computed in parts is the whole batch; tests/utils/test_parallel.py has it for replicas and processes."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """A run that is killed at any moment ends, after the same command, with the same bytes."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -1,14 +1,11 @@
 """``--teacher_from``: another run's teachers give the results that training them gives."""
 
-from __future__ import annotations
-
 import json
 import shutil
 
 import pytest
 
 import run
-from learners.teacher_cache import TeacherCache
 from learners.trainer import Trainer
 from tests import runs
 from utils.checkpoint import METRICS
@@ -55,11 +52,6 @@ def start(config, tmp_path):
         yield lambda source, *more: run.main(runs.arguments(config, tmp_path / "run", *flags, source, *more))
 
 
-def change_metrics(folder, **changes):
-    metrics = json.loads((folder / METRICS).read_text())
-    (folder / METRICS).write_text(json.dumps(metrics | changes))
-
-
 def test_same_results_without_training_the_teacher(start, folders, expected, tmp_path, trained, caplog):
     assert start(folders / "KD") == 0
     assert runs.results(tmp_path / "run") == expected
@@ -74,25 +66,12 @@ def test_teachers_that_are_damaged_or_not_there_yet(second, start, source, expec
     if second == "missing":
         (source / "models/task-2/T_class.pth").unlink()
     else:
-        change_metrics(source, tasks_done=1)
+        metrics = json.loads((source / METRICS).read_text())
+        (source / METRICS).write_text(json.dumps(metrics | {"tasks_done": 1}))
     assert start(source) == 0
     assert trained == [(0, "teacher"), (0, "student"), (1, "teacher"), (1, "student")]
     assert "T_class.pth is damaged" in caplog.text
     assert runs.results(tmp_path / "run") == expected
-
-
-def test_another_run_in_the_folder_meanwhile_is_noticed(start, source, trained, monkeypatch, caplog):
-    real = TeacherCache.find
-
-    def find(self, task):
-        if task == 1:
-            change_metrics(source, settings=json.loads((source / METRICS).read_text())["settings"] | {"random_s": 2})
-        return real(self, task)
-
-    monkeypatch.setattr(TeacherCache, "find", find)
-    assert start(source) == 0
-    assert trained == [(0, "student"), (1, "teacher"), (1, "student")]
-    assert "now holds another run than it did" in caplog.text
 
 
 @pytest.mark.parametrize("stop_at", [(1, "student", 0), (1, "teacher", 1)])

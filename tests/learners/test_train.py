@@ -1,7 +1,5 @@
 """Signals, numbers that go wrong, machines at their limits: every run ends with a sentence and a good state."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -16,7 +14,7 @@ from PIL import Image
 import run
 from learners import build, train
 from learners.check import load_checked_config
-from learners.learner import TaskTraining, TeacherStudentLearner
+from learners.learner import TaskTraining
 from learners.steps import EvalStep
 from tests import runs
 from utils.checkpoint import METRICS, STATE, RunFolder
@@ -94,25 +92,26 @@ def fail(error):
 class TestSignals:
     """A second signal, which ends at once, is sent in tests/test_kill.py."""
 
-    @pytest.mark.parametrize(("signum", "code", "step"), [(signal.SIGINT, 130, 8), (signal.SIGTERM, 143, 6)])
-    def test_once_finishes_the_step_and_saves(self, signum, code, step, start, reference, folder, at, capfd):
-        """Step 6 is the teacher's last."""
+    @pytest.mark.parametrize(
+        ("signum", "code", "owner", "name", "n", "left"),
+        [
+            (signal.SIGINT, 130, TaskTraining, "train_step", 8, 16),
+            (signal.SIGTERM, 143, TaskTraining, "train_step", 6, 18),  # the teacher's last
+            (signal.SIGTERM, 143, EvalStep, "forward", 2, 0),  # the second task's first batch
+        ],
+    )
+    def test_once_finishes_the_step_and_saves(
+        self, signum, code, owner, name, n, left, start, reference, folder, at, capfd
+    ):
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         handlers = [signal.getsignal(number) for number in numbers]
-        steps = at(TaskTraining, "train_step", step, send(signum))
-        assert (start(), len(steps)) == (code, step)
+        calls = at(owner, name, n, send(signum))
+        assert (start(), len(calls)) == (code, n)
         assert "finishing this step" in capfd.readouterr().err
         assert handlers == [signal.getsignal(number) for number in numbers]
         assert "stopped by SIG" in (folder / "output.log").read_text()
-        steps.clear()
-        assert (start(), len(steps)) == (0, 24 - step)  # no step is repeated
-        assert runs.results(folder) == reference
-
-    def test_in_the_middle_of_an_evaluation(self, start, reference, folder, at):
-        batches = at(EvalStep, "forward", 2, send(signal.SIGTERM))  # the second task's first one
-        assert (start(), len(batches)) == (143, 2)
         steps = at(TaskTraining, "train_step")
-        assert (start(), steps) == (0, [])
+        assert (start(), len(steps)) == (0, left)  # no step is repeated
         assert runs.results(folder) == reference
 
     def test_before_training_ends_at_once_and_leaves_nothing(self, start, tmp_path, at):
@@ -146,8 +145,7 @@ class TestNumbers:
             result = real(training, *args)
             calls.append(step)
             if len(calls) == step:
-                with torch.no_grad():
-                    training.parameters[0].view(-1)[0] = float("nan")
+                training.parameters[0].data.view(-1)[0] = float("nan")
             return result
 
         with monkeypatch.context() as patch:
@@ -174,18 +172,6 @@ class TestNumbers:
         assert "after task 1, logits of task 1's test images are not finite (1 of them)" in capsys.readouterr().out
         assert start() == 0
         assert runs.results(folder) == reference
-
-    def test_pool_that_cannot_grow(self, start, at, capsys):
-        def zero(learner, task):
-            with torch.no_grad():
-                for name, parameter in learner.student.prompt.named_parameters():
-                    parameter.zero_() if name.startswith("e_") else None
-
-        at(TeacherStudentLearner, "begin_task", 2, zero)
-        flags = ("--KD_method", "none", "--schedule", 1)
-        assert start(*flags) == 1
-        assert "task 2 cannot begin: component 0 of the prompt pool has become zero" in capsys.readouterr().out
-        assert start(*flags) == 0
 
 
 class TestLimits:
@@ -315,10 +301,6 @@ class TestRefusals:
         error = refused("--overwrite", overwrite)
         assert f"{name.split('/')[0]}, but not both args.yaml" in error and "choose another log_dir" in error
 
-    def test_log_that_cannot_be_written(self, folder, refused):
-        (folder / "output.log").mkdir(parents=True)
-        assert "output.log: Is a directory" in refused()
-
     @pytest.mark.parametrize("existed", [False, True])
     def test_batch_larger_than_a_task(self, existed, folder, refused):
         if existed:
@@ -337,12 +319,6 @@ class TestFolder:
         assert runs.snapshot(tmp_path / "run.old-1") == before
         assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.old-1"]
 
-    def test_works_beside_other_files(self, folder, start):
-        folder.mkdir()
-        (folder / "slurm-1.out").write_text("mine")
-        assert start(*SHORT, "--overwrite", 1) == 0
-        assert (folder / "slurm-1.out").read_text() == "mine"
-
     def test_finished_run_says_so(self, copy, start, at, capsys):
         before = runs.snapshot(copy)
         builds = at(build, "load_backbones")
@@ -352,14 +328,6 @@ class TestFolder:
         (copy / "models/task-1/T_class.pth").write_bytes(b"PK")
         assert start() == 0
         assert "WARNING" in (out := capsys.readouterr().out) and "T_class.pth is damaged" in out
-
-    def test_a_kill_before_the_last_state_still_counts_as_finished(self, copy, start, reference):
-        """Results are complete; more tasks would resume from the state before."""
-        (copy / "state/previous.pth").replace(copy / STATE)
-        assert start() == 0
-        (copy / METRICS).unlink()
-        assert start() == 0
-        assert runs.results(copy) == reference
 
     @pytest.mark.parametrize("moment", ["finished", "within the first task"])
     def test_more_tasks(self, moment, start, reference, folder, at):

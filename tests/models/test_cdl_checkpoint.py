@@ -1,7 +1,5 @@
 """Checkpoints in the format of the authors' implementation."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """PromptedViT computes the same as timm, and attention with prompts by the formula."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

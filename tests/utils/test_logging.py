@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import utils.logging as cdl_logging
-from utils.logging import Progress, duration, environment, open_tensorboard, peak_memory_mb, setup_logging
+from utils.logging import Progress, environment, peak_memory_mb, setup_logging
 
 log = logging.getLogger("run")
 
@@ -46,13 +46,6 @@ def test_a_closed_pipe_and_a_full_disk_end_no_run():
     assert (result.returncode, result.stdout, result.stderr) == (0, "x" * 10, "")
 
 
-def test_environment_and_memory():
-    found = environment()
-    assert found["versions"]["torch"] and found["versions"]["python"] == sys.version.split()[0]
-    assert found["hardware"]["cores"] >= 1 and found["hardware"]["cpu"] and found["hardware"]["memory_gb"] > 0
-    assert 10 < peak_memory_mb()["cpu"] < 1e6
-
-
 def test_git_commit(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "file").write_text("1")
@@ -65,14 +58,10 @@ def test_git_commit(tmp_path):
     assert cdl_logging._git_commit(tmp_path / "inner") is None  # somebody else's checkout
 
 
-def test_missing_tensorboard_is_a_clear_error(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="--tensorboard needs the package tensorboard"):
-        open_tensorboard(tmp_path)
-
-
-def test_duration():
-    assert [*map(duration, (0, 59.6, 3723, 90000))] == ["0:00:00", "0:01:00", "1:02:03", "25:00:00"]
+def test_environment_and_memory():
+    found = environment()
+    assert found["versions"]["torch"] and found["hardware"]["cores"] >= 1 and found["hardware"]["memory_gb"] > 0
+    assert 10 < peak_memory_mb()["cpu"] < 1e6
 
 
 def run(enabled, tasks):

@@ -1,7 +1,5 @@
 """Steps give the same gradients in one process, in several, and on replicas as DataParallel makes them."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import sys
@@ -22,7 +20,7 @@ from models.prompts import PROMPTS
 from tests.learners import small
 from tests.processes import Group
 from utils.config import OptimConfig
-from utils.parallel import Parallel, SeveralGPUs, build_parallel, choose_device, leave_group, lost_process
+from utils.parallel import Parallel, SeveralGPUs, build_parallel, choose_device, leave_group
 
 CPU = Parallel(torch.device("cpu"))
 BATCH = 12  # divides by 2, 3 and 4
@@ -85,9 +83,6 @@ def averaged(result: TrainResult, where) -> tuple[torch.Tensor, torch.Tensor]:
 def reduce_and_count(sent: list[int], bucket):
     sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
     return allreduce_hook(None, bucket)
-
-
-# ------------------------------------------------------------------------------------- several processes
 
 
 def compare_all(cases, tasks, device, without_compiler):
@@ -163,14 +158,6 @@ def test_training_begins_with_the_first_processs_parameters():
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
 
 
-def test_other_errors_are_no_lost_process():
-    """tests/test_distributed.py loses real ones."""
-    assert not lost_process(RuntimeError("CUDA out of memory"))
-
-
-# --------------------------------------------------------------------------------------- DataParallel
-
-
 class Replicas(nn.Module):
     """``nn.DataParallel`` on the CPU (see ``data_parallel_on_cpu``)."""
 
@@ -236,9 +223,6 @@ def assert_same_counts(places, batch):
     assert results.not_finite.sum() == expected.not_finite == 0
 
 
-# ------------------------------------------------------------------------------------------------ devices
-
-
 @pytest.mark.parametrize(
     ("device", "gpuids", "local_rank", "gpus", "chosen"),
     [
@@ -270,8 +254,6 @@ def test_kind_of_parallelism(monkeypatch):
     assert type(build_parallel(None, (-1,), alone=True)) is Parallel
 
 
-# --------------------------------------------------------------------------------------------------- GPUs
-
 needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 
 
@@ -296,13 +278,8 @@ def test_several_gpus_compute_the_gradient_of_one(case):
 
 @pytest.mark.multi_gpu
 @needs_gpus
-@pytest.mark.parametrize("images", [1, 5])
-def test_several_gpus_count_the_same_answers(images):
-    batch = [part.cuda() for part in small.batch_of(0, torch.float64, size=images)]
-    assert_same_counts((SeveralGPUs((0, 1)), Parallel(torch.device("cuda", 0))), batch)
-
-
-@pytest.mark.multi_gpu
-@needs_gpus
-def test_processes_with_a_gpu_each_compute_the_gradient_of_one():
+def test_several_gpus_count_the_same_answers_and_serve_several_processes():
+    for images in (1, 5):
+        batch = [part.cuda() for part in small.batch_of(0, torch.float64, size=images)]
+        assert_same_counts((SeveralGPUs((0, 1)), Parallel(torch.device("cuda", 0))), batch)
     assert_equal_gradients(2, CASES, 2, "cuda")

@@ -1,7 +1,5 @@
 """The KD methods by hand; see test_contract.py for what they share."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -145,12 +143,6 @@ def test_kd_prompts_sit_on_blocks_one_and_up():
     prompt = distiller.kd_prompt.kd_p_1
     assert torch.equal(suffixes[1].key[0], prompt[:2]) and torch.equal(suffixes[1].value[0], prompt[2:])
     assert all(0 <= p.min() < p.max() < 1 for p in distiller.kd_prompt.parameters())
-
-
-def test_one_layer_is_deits_token_alone():
-    distiller = KDToken(settings(layers=1), DIMS)
-    assert set(distiller.state_dict()) == {"kd_prompt.kd_p_0", "kd_last.weight", "kd_last.bias"}
-    assert distiller.student_inputs().suffixes == [None, None]
 
 
 def test_without_distillation_cross_entropy_counts_fully():

@@ -1,7 +1,5 @@
 """The contract of all entries of the PROMPTS table; a new pool is tested without a new line here."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
