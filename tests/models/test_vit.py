@@ -17,7 +17,6 @@ MODELS = {
     "vit_base_patch16_clip_quickgelu_224": {"img_size": 64},
     "deit3_small_patch16_224": {"img_size": 64},
     "deit_tiny_distilled_patch16_224": {"img_size": 64},
-    "beit3_base_patch16_224": {"img_size": 64},
     "vit_base_r26_s32_224": {"img_size": 64},
     "vit_tiny_patch16_224 with q/k-norm": {"img_size": 64, "qk_norm": True},
     "vit_tiny_patch16_224 with dynamic size": {"img_size": 64, "dynamic_img_size": True},
