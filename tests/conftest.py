@@ -1,7 +1,5 @@
 """Settings for all tests: the same numbers on every CPU, and no network."""
 
-from __future__ import annotations
-
 import os
 import socket
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["learners.train", "tests.learners.small"])
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["learners.train", "tests.learners.small"])
 
 
 class Outcome(NamedTuple):
@@ -42,28 +42,22 @@ class Group:
 
     Args:
         size: number of processes.
-        job: called in each of them.
-        arguments: of the job.
-        environment: beside torchrun's variables, or instead of them.
+        job: called in each of them with ``arguments``.
     """
 
-    def __init__(self, size: int, job: Callable[..., Any], *arguments: Any, **environment: str) -> None:
+    def __init__(self, size: int, job: Callable[..., Any], *arguments: Any) -> None:
         self._folder = tempfile.TemporaryDirectory()
         files = [Path(self._folder.name, str(rank)) for rank in range(size)]
         self._outputs = [file.with_suffix(".output") for file in files]
         self._results = [file.with_suffix(".result") for file in files]
-        group = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(free_port()), **environment}  # fmt: skip
+        group = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         os.environ["PYTHONPATH"] = str(ROOT)  # for the server, whose path is not this process's
-        self.processes = [
-            _CONTEXT.Process(
-                target=_member,
-                args=({"RANK": str(rank), "LOCAL_RANK": str(rank), **group}, output, result, job, arguments),
-            )
-            for rank, (output, result) in enumerate(zip(self._outputs, self._results, strict=True))
-        ]
-        for process in self.processes:
-            process.start()
+        self.processes = []
+        for rank, files in enumerate(zip(self._outputs, self._results, strict=True)):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **group}
+            self.processes.append(FORKSERVER.Process(target=_member, args=(own, *files, job, arguments)))
+            self.processes[-1].start()
 
     def __enter__(self) -> Group:
         return self
@@ -76,11 +70,10 @@ class Group:
         self._folder.cleanup()
 
     def send(self, signum: int, rank: int) -> None:
-        """Send a signal to one process."""
         os.kill(self.processes[rank].pid, signum)
 
     def output(self, rank: int = 0) -> str:
-        """What a process has printed so far."""
+        """Everything that a process has printed so far."""
         path = self._outputs[rank]
         return path.read_text() if path.exists() else ""
 
@@ -92,11 +85,8 @@ class Group:
         """Wait for the end of all processes, or of some; a test in which one takes longer fails."""
         ranks = range(len(self.processes)) if ranks is None else ranks
         self._wait(lambda: all(self.processes[rank].exitcode is not None for rank in ranks), timeout, "the end")
-        return [Outcome(self.processes[rank].exitcode, self._result(rank), self.output(rank)) for rank in ranks]
-
-    def _result(self, rank: int) -> Any:
-        path = self._results[rank]
-        return pickle.loads(path.read_bytes()) if path.exists() else None
+        results = [pickle.loads(path.read_bytes()) if path.exists() else None for path in self._results]
+        return [Outcome(self.processes[rank].exitcode, results[rank], self.output(rank)) for rank in ranks]
 
     def _wait(self, reached: Callable[[], bool], timeout: float, what: str) -> None:
         limit = time.monotonic() + timeout
@@ -114,10 +104,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _member(
-    environment: dict[str, str], output: Path, result: Path, job: Callable[..., Any], arguments: tuple
-) -> None:
-    """One process of a group."""
+def _member(environment: dict[str, str], output: Path, result: Path, job: Callable, arguments: tuple) -> None:
     import torch
 
     with open(output, "wb") as file:
@@ -125,5 +112,4 @@ def _member(
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    value = job(*arguments)
-    result.write_bytes(pickle.dumps(value))
+    result.write_bytes(pickle.dumps(job(*arguments)))

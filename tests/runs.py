@@ -1,7 +1,5 @@
 """Whole runs of ``run.py`` that take a second: two tasks of two classes, small images, small random ViTs."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import multiprocessing
@@ -16,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 import run
+from tests.processes import FORKSERVER, ROOT
 from utils import plots
 from utils.checkpoint import LOCK
 
@@ -73,6 +72,13 @@ def arguments(config: Path, log_dir: Path | str, *more: object) -> list[str]:
     return [str(word) for word in ("--config", config, "--log_dir", log_dir, *more)]
 
 
+def finish(config: Path, log_dir: Path, *more: object) -> Path:
+    """Run to the end in this process, without pictures; returns the folder."""
+    with quick():
+        assert run.main(arguments(config, log_dir, *more)) == 0
+    return log_dir
+
+
 def results(log_dir: Path) -> dict[str, str]:
     """SHA-256 of every file that must not depend on how a run went.
 
@@ -101,8 +107,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 def python(script: str) -> subprocess.CompletedProcess:
     """Run a Python program in the project's folder."""
-    folder = Path(__file__).parents[1]
-    return subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 class Killed(BaseException):
@@ -116,32 +121,19 @@ def quick() -> Iterator[None]:
         yield
 
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["learners.train", "tests.learners.small"])
-
-
-def start(argv: Sequence[str], output: Path, folder: Path | None = None) -> multiprocessing.Process:
-    """Start ``run.py`` as a process of its own; a fork of a process that has loaded torch, so within a moment.
-
-    Args:
-        argv: the command line.
-        output: file that standard output and error are appended to.
-        folder: working directory.
-    """
-    process = _CONTEXT.Process(target=_run, args=(list(argv), str(output), str(folder) if folder else None))
+def start(argv: Sequence[str], output: Path) -> multiprocessing.Process:
+    """Start ``run.py`` as a process, a fork of one that has loaded torch; ``output`` is appended to."""
+    process = FORKSERVER.Process(target=_run, args=(list(argv), str(output)))
     process.start()
     return process
 
 
-def _run(argv: list[str], output: str, folder: str | None) -> None:
+def _run(argv: list[str], output: str) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
-    if folder:
-        os.chdir(folder)
     multiprocessing.set_start_method("fork", force=True)  # for workers, as where run.py is started by a user
     with quick():
         code = run.main(argv)
     sys.stdout.flush()
-    # As the interpreter would end, without the tests' own handlers of its end.
     sys.exit(code)

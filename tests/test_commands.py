@@ -1,7 +1,5 @@
 """The commands that the project documents: its configurations and the README's command lines and tables."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path
@@ -27,19 +25,15 @@ def well_equipped(monkeypatch):
 
 
 def documented_commands() -> list[str]:
-    """Every ``python run.py`` command line in the README and the configurations' comments."""
+    """Every ``python run.py`` command line in the README and the configurations' comments, at least one each."""
     commands = []
     for path in [ROOT / "README.md", *CONFIGS]:
         text = re.sub(r"^# ?", "", path.read_text(encoding="utf-8"), flags=re.M)
         text = re.sub(r"\\\n\s*", "", text)
-        commands += re.findall(r"^[ $]*(python[0-9.]* (?:-u )?run\.py [^\n#]+)", text, flags=re.M)
+        found = re.findall(r"^[ $]*(python[0-9.]* (?:-u )?run\.py [^\n#]+)", text, flags=re.M)
+        assert found, path
+        commands += found
     return commands
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_configs_are_right(path):
-    config = check.load_checked_config(["--config", str(path), "--log_dir", "unused"])
-    assert config.data.dataset and config.optim.epochs >= 1
 
 
 def test_configs_of_the_paper_are_the_papers():
@@ -60,10 +54,6 @@ def test_the_readmes_tables_are_the_programs():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for table in (learners, methods):
         assert "\n".join(table) in readme, "README.md must say:\n" + "\n".join(table)
-
-
-def test_configs_show_a_command():
-    assert len(documented_commands()) > len(CONFIGS)
 
 
 @pytest.mark.parametrize("command", documented_commands())

@@ -1,7 +1,5 @@
 """Whole runs in several processes: their results, the files they write, and how they end."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -21,6 +19,8 @@ from utils.checkpoint import open_run
 from utils.config import Config, parse_config
 from utils.parallel import build_parallel
 
+LONGER = ("--schedule", "10")
+
 
 def train(*command_lines):
     """``run.py`` with the one command line, or with that of this process's rank."""
@@ -28,31 +28,28 @@ def train(*command_lines):
         sys.exit(run.main(command_lines[int(os.environ["RANK"]) % len(command_lines)]))
 
 
-def train_in_group(size, *command_lines):
-    """Exit codes and outputs, by rank."""
+def train_in_group(size, *command_lines, code=0):
+    """The outputs by rank, of processes that all end with this code."""
     with Group(size, train, *command_lines) as group:
         codes, _, outputs = zip(*group.outcomes(), strict=True)
-    return list(codes), outputs
-
-
-LONGER = ["--schedule", "10"]
+    assert list(codes) == [code] * size, outputs
+    return outputs
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """Configuration of a run of a second, and the folder of one that a single process has finished."""
-    root = tmp_path_factory.mktemp("small")
-    config = runs.make(root)
-    with runs.quick():
-        assert run.main(runs.arguments(config, root / "alone")) == 0
-        assert run.main(runs.arguments(config, root / "longer", *LONGER)) == 0
-    return config, root / "alone"
+def single(config, tmp_path_factory):
+    """The folder of a run that a single process has finished."""
+    return runs.finish(config, tmp_path_factory.mktemp("single") / "run")
+
+
+@pytest.fixture(scope="module")
+def longer(config, tmp_path_factory):
+    return runs.finish(config, tmp_path_factory.mktemp("longer") / "run", *LONGER)
 
 
 @pytest.fixture
-def alone(small, tmp_path):
-    """A copy of the finished run."""
-    return shutil.copytree(small[1], tmp_path / "run")
+def copy(single, tmp_path):
+    return shutil.copytree(single, tmp_path / "run")
 
 
 def metrics_of(folder):
@@ -74,26 +71,19 @@ def assert_same_results(folder, expected):
         assert (folder / name).read_bytes() == (expected / name).read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------ results
-
-
 @pytest.mark.parametrize("size", [2, 4])
-def test_processes_learn_what_one_learns(size, small, tmp_path):
+def test_processes_learn_what_one_learns(size, config, single, tmp_path):
     """The six test images of a task do not divide by four."""
-    config, expected = small
-    codes, outputs = train_in_group(size, runs.arguments(config, tmp_path / "run"))
-    assert codes == [0] * size, outputs
-    assert_same_results(tmp_path / "run", expected)
+    outputs = train_in_group(size, runs.arguments(config, tmp_path / "run"))
+    assert_same_results(tmp_path / "run", single)
     assert set(outputs[1:]) == {""}
-    assert runs.snapshot(tmp_path / "run").keys() == runs.snapshot(expected).keys()
+    assert runs.snapshot(tmp_path / "run").keys() == runs.snapshot(single).keys()
 
 
-def test_repeated_runs_share_one_group_and_teachers_of_other_runs(small, tmp_path):
-    config, _ = small
+def test_repeated_runs_share_one_group_and_teachers_of_other_runs(config, tmp_path):
     for method, more in (("KD", []), ("KD_Token", ["--teacher_from", str(tmp_path / "KD")])):
         flags = ("--KD_method", method, "--repeat", 2, "--max_task", 1, *more)
-        codes, outputs = train_in_group(2, runs.arguments(config, tmp_path / method, *flags))
-        assert codes == [0, 0], outputs
+        outputs = train_in_group(2, runs.arguments(config, tmp_path / method, *flags))
         assert json.loads((tmp_path / method / "repeat.json").read_text())["seeds"] == [1, 2]
         assert "2 seeds" in outputs[0] and outputs[1] == ""
     assert outputs[0].count("teacher taken from") == 2
@@ -101,13 +91,9 @@ def test_repeated_runs_share_one_group_and_teachers_of_other_runs(small, tmp_pat
     assert (tmp_path / "KD_Token" / name).read_bytes() == (tmp_path / "KD" / name).read_bytes()
 
 
-def test_the_first_process_alone_does_everything_but_training(alone):
-    codes, outputs = train_in_group(2, ["--eval_only", "--log_dir", str(alone), "--gpuid", "-1"])
-    assert codes == [0, 0], outputs
+def test_the_first_process_alone_does_everything_but_training(single):
+    outputs = train_in_group(2, ["--eval_only", "--log_dir", str(single), "--gpuid", "-1"])
     assert "accuracy matrices equal" in outputs[0] and outputs[1] == ""
-
-
-# -------------------------------------------------------------------------------------- ends before the start
 
 
 @pytest.mark.parametrize(
@@ -118,29 +104,25 @@ def test_the_first_process_alone_does_everything_but_training(alone):
         (("--batch_size", 5), 2, "--batch_size 5 does not divide by the 2 processes: use 4 or 6"),
     ],
 )
-def test_all_processes_end_alike_and_one_says_why(flags, code, words, small, alone):
-    before = runs.snapshot(alone)
-    codes, outputs = train_in_group(2, runs.arguments(small[0], alone, *flags))
-    assert codes == [code, code], outputs
+def test_all_processes_end_alike_and_one_says_why(flags, code, words, config, copy):
+    before = runs.snapshot(copy)
+    outputs = train_in_group(2, runs.arguments(config, copy, *flags), code=code)
     assert words in outputs[0] and outputs[1] == ""
-    assert runs.snapshot(alone) == before
+    assert runs.snapshot(copy) == before
 
 
-def test_folder_in_use_is_refused_by_all_processes(small, tmp_path):
-    (tmp_path / "run").mkdir()
-    with open_run(Config(log_dir=tmp_path / "run")):
-        codes, outputs = train_in_group(2, runs.arguments(small[0], tmp_path / "run"))
-    assert codes == [2, 2]
+def test_folder_in_use_is_refused_by_all_processes(config, tmp_path):
+    with open_run(Config(log_dir=tmp_path)):
+        outputs = train_in_group(2, runs.arguments(config, tmp_path), code=2)
     assert f"in use by process {os.getpid()}" in outputs[0] and outputs[1] == ""
 
 
-def test_teachers_of_other_data_are_refused_by_all_processes(small, alone, tmp_path):
+def test_teachers_of_other_data_are_refused_by_all_processes(config, copy, tmp_path):
     """The first process finds that out when all have built their objects."""
-    info = json.loads((alone / "classes.json").read_text()) | {"train_images": [1, 1]}
-    (alone / "classes.json").write_text(json.dumps(info))
-    command = runs.arguments(small[0], tmp_path / "new", "--KD_method", "KD_Token", "--teacher_from", alone)
-    codes, outputs = train_in_group(2, command)
-    assert codes == [2, 2], outputs
+    info = json.loads((copy / "classes.json").read_text()) | {"train_images": [1, 1]}
+    (copy / "classes.json").write_text(json.dumps(info))
+    flags = ("--KD_method", "KD_Token", "--teacher_from", copy)
+    outputs = train_in_group(2, runs.arguments(config, tmp_path / "new", *flags), code=2)
     assert "trained on other data or backbones (train_images differ)" in outputs[0] and outputs[1] == ""
     assert not (tmp_path / "new").exists()
 
@@ -154,12 +136,9 @@ def test_teachers_of_other_data_are_refused_by_all_processes(small, alone, tmp_p
         (["--t_weights", "{root}/small.yaml"], "process 1: "),
     ],
 )
-def test_processes_that_would_compute_something_else_are_refused(more, words, small, tmp_path):
-    config, _ = small
+def test_processes_that_would_compute_something_else_are_refused(more, words, config, tmp_path):
     command = runs.arguments(config, tmp_path / "run")
-    other = command + [word.format(root=config.parent) for word in more]
-    codes, outputs = train_in_group(2, command, other)
-    assert codes == [2, 2], outputs
+    outputs = train_in_group(2, command, command + [word.format(root=config.parent) for word in more], code=2)
     assert words in outputs[0] and outputs[1] == ""
     assert not (tmp_path / "run").exists()
 
@@ -171,13 +150,13 @@ def problems(monkeypatch, gpus=0, **settings):
 
 
 def test_processes_without_a_device_of_their_own_are_refused(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "4")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0" if name == "RANK" else "4")
     assert "RANK is set, but not MASTER_ADDR, MASTER_PORT: start the processes by torchrun" in problems(monkeypatch)
-    for name, value in (("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1"), ("LOCAL_WORLD_SIZE", "4")):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
     assert problems(monkeypatch) == problems(monkeypatch, gpus=4) == ""
     assert "4 processes on this machine need a GPU each, but there are 2 on this machine" in problems(monkeypatch, 2)
     assert "there are 2 of --gpuid: start at most 2" in problems(monkeypatch, 8, gpuid=(0, 1))
@@ -193,21 +172,9 @@ def test_compiled_steps_need_a_process_for_each_gpu(monkeypatch):
     assert problems(monkeypatch, gpus=2, gpuid=(1,), compile=True) == ""
 
 
-# ------------------------------------------------------------------------------------ ends in the middle
-
-
-def assert_resumes(processes, command, folder, small):
-    """The next start finds the state and ends as a run that nothing has interrupted."""
-    codes, outputs = train_in_group(processes, command)
-    assert codes == [0] * processes, outputs
-    assert "Resuming at task" in outputs[0]
-    assert_same_results(folder, small[1].with_name("longer"))
-    return outputs[0]
-
-
 @pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 1)])
-def test_stopped_run_resumes_with_another_number_of_processes(first, then, small, tmp_path):
-    command = runs.arguments(small[0], tmp_path / "run", *LONGER)
+def test_stopped_run_resumes_with_another_number_of_processes(first, then, config, longer, tmp_path):
+    command = runs.arguments(config, tmp_path / "run", *LONGER)
     with Group(first, train, command) as group:
         group.wait_for("After task 1/2")
         for rank in range(first):
@@ -216,7 +183,8 @@ def test_stopped_run_resumes_with_another_number_of_processes(first, then, small
     assert [outcome.code for outcome in outcomes] == [143] * first, outcomes
     assert "the same command resumes from here" in outcomes[0].output
     assert metrics_of(tmp_path / "run")["tasks_done"] == 1
-    assert "Resuming at task 2" in assert_resumes(then, command, tmp_path / "run", small)
+    assert "Resuming at task 2" in train_in_group(then, command)[0]
+    assert_same_results(tmp_path / "run", longer)
 
 
 def train_impatiently(command_line):
@@ -224,26 +192,22 @@ def train_impatiently(command_line):
     train(command_line)
 
 
-@pytest.mark.parametrize(
-    ("victim", "signum"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGSTOP)]
-)
-def test_a_lost_process_ends_the_run_and_the_next_start_resumes(victim, signum, small, tmp_path):
+@pytest.mark.parametrize(("victim", "signum"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_lost_process_ends_the_run(victim, signum, config, tmp_path):
     """One that was killed, and one that hangs for longer than the timeout."""
-    command = runs.arguments(small[0], tmp_path / "run", *LONGER)
-    with Group(2, train_impatiently, command) as group:
+    with Group(2, train_impatiently, runs.arguments(config, tmp_path / "run", *LONGER)) as group:
         group.wait_for("After task 1/2")
         group.send(signum, victim)
         (other,) = group.outcomes([1 - victim], timeout=60)
     assert other.code == 1
     assert f"Process {1 - victim}: another process of this run is gone or does not answer" in other.output
-    assert_resumes(2, command, tmp_path / "run", small)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes through Linux's /proc")
-def test_torchrun_ends_with_a_killed_process_and_resumes(small, tmp_path):
+def test_torchrun_ends_with_a_killed_process_and_resumes(config, longer, tmp_path):
     """The launcher itself, which takes long to load: all of a run's life in one test."""
     script = str(ROOT / "experiments/torchrun.sh")
-    command = ["bash", script, "2", *runs.arguments(small[0], tmp_path / "run", *LONGER)]
+    command = ["bash", script, "2", *runs.arguments(config, tmp_path / "run", *LONGER)]
     environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
     joined = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, **joined) as call:
@@ -256,7 +220,7 @@ def test_torchrun_ends_with_a_killed_process_and_resumes(small, tmp_path):
     assert call.returncode == 1 and "another process of this run is gone" in rest, rest
     done = subprocess.run(command, env=environment, check=False, **joined)
     assert done.returncode == 0 and "Resuming at task 2" in done.stdout, done.stdout
-    assert_same_results(tmp_path / "run", small[1].with_name("longer"))
+    assert_same_results(tmp_path / "run", longer)
 
 
 # An interpreter that aborts when it is cleaned up, as if one of gloo's threads were in the way.
@@ -270,7 +234,6 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 @pytest.mark.parametrize(
     ("first", "word", "code", "says"),
     [
-        ("", "--help", 0, "usage: "),
         ("", "--no_such_flag", 2, "unknown flag"),
         ("import learners.check; learners.check.print_help = lambda: 1 / 0", "--help", 1, "ZeroDivisionError"),
     ],

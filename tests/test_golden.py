@@ -1,6 +1,4 @@
-"""Every number recorded from the authors' implementation comes out again, and a wrong formula is noticed."""
-
-from __future__ import annotations
+"""Every number recorded from the authors' implementation comes out again."""
 
 import shutil
 from pathlib import Path
@@ -9,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from learners.distillers import base, kd_token
 from models.prompts import coda
-from tests.golden import LIMITS, GoldenCase, check_case, compare, main
+from tests.golden import LIMITS, check_case, compare, main
 
 FOLDER = Path(__file__).parent / "golden_cases"
 CASES = sorted(path.parent.name for path in FOLDER.glob("*/case.json"))
@@ -60,34 +57,6 @@ def test_outputs_have_the_recorded_keys_and_every_one_counts(case, tmp_path):
         assert len(beyond(compare(outputs | {key: wrong}, expected))) == 1, key
         missing = {other: value for other, value in outputs.items() if other != key}
         assert beyond(compare(missing, expected)), key
-
-
-@pytest.mark.parametrize("case", ["coda_kd_token"], indirect=True)
-@pytest.mark.parametrize(
-    ("module", "name", "wrong", "kind"),
-    [
-        (kd_token, "kd_loss", lambda s, t, *, temperature: base.kd_loss(s, t, temperature=1.0), "loss"),
-        (kd_token, "kd_loss", lambda s, t, *, temperature: base.kd_loss(t, s, temperature=temperature), "loss"),
-        (coda, "component_weights", lambda q, k, a: torch.softmax(q @ k.T, dim=1), "logits"),
-    ],
-    ids=["temperature", "direction of KL", "CODA's selection"],
-)
-def test_a_wrong_formula_is_noticed(case, monkeypatch, module, name, wrong, kind):
-    monkeypatch.setattr(module, name, wrong)
-    golden = GoldenCase(case)
-    golden.settings["num_tasks"] = 1  # one task is enough; the learner is built for all
-    outputs = golden.run()
-    expected = {key: value for key, value in np.load(case / "expected.npz").items() if key.startswith("task0/")}
-    assert kind in beyond(compare(outputs, expected))
-
-
-@pytest.mark.parametrize("case", ["dual_dkd"], indirect=True)
-def test_exit_code_tells_of_an_error(case, capsys):
-    expected = dict(np.load(case / "expected.npz"))
-    expected["task0/teacher/step1/loss"] = expected["task0/teacher/step1/loss"] * 1.001
-    np.savez(case / "expected.npz", **expected)
-    assert main([str(case)]) == 1
-    assert "BEYOND THE LIMIT: loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("prefix", sorted({key.rsplit("/", 1)[0] for key in GROWTH.files}))

@@ -1,7 +1,6 @@
 """Batches: what they hold, that no number of workers or processes changes them, and how loading ends."""
 
 import multiprocessing
-import os
 import signal
 import subprocess
 import sys
@@ -120,21 +119,6 @@ def test_the_images_load_in_workers_that_are_spawned(stream):
     request = BatchRequest(True, np.arange(4), [1, 2, 3, 4])
     loader = DataLoader(dataset, None, sampler=[request], num_workers=1, multiprocessing_context="spawn")
     assert same([dataset[request]], loader)
-
-
-def test_workers_ignore_the_signals_that_stop_a_run_and_end_with_the_pipeline(stream):
-    data = pipeline(stream, workers=2)
-    assert len(list(data.train(0, "teacher", 0))) == 3  # each worker has started
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGINT)
-        os.kill(worker.pid, signal.SIGTERM)
-    assert same(data.test(0), pipeline(stream).test(0))
-    half = data.test(1)
-    next(half)  # a pass is under way, and its generator is kept
-    data.close()
-    assert not any(worker.is_alive() for worker in workers)
 
 
 SCRIPT = """import multiprocessing, os, sys, time

@@ -66,13 +66,6 @@ def test_the_coreset_is_balanced_and_never_takes_an_image_back():
         earlier = coreset
 
 
-def test_replay_draws_as_many_images_as_the_task_has_from_the_coreset():
-    stream = array_stream(memory=3)
-    draws = stream.replay(1)
-    assert len(draws) == stream.train_size(1) and set(draws) <= set(stream.coreset(1))
-    assert len(stream.replay(0)) == len(array_stream().replay(2)) == 0  # no past task, no memory
-
-
 def test_class_weights_are_inverse_to_the_frequency_with_mean_one_and_count_replayed_images():
     weights = array_stream([2, 6, 4, 4, 4]).class_weights(0)
     assert weights.dtype == np.float32 and weights.tolist() == pytest.approx([1.5, 0.5, 1, 1, 1])

@@ -1,7 +1,5 @@
 """Learners on tiny random backbones, for the tests of this folder."""
 
-from __future__ import annotations
-
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor

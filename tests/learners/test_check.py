@@ -1,7 +1,5 @@
 """The tables' rules and the checks of a configuration that need several values."""
 
-from __future__ import annotations
-
 import pytest
 
 from learners import check
@@ -20,11 +18,6 @@ def problems_of(**changes) -> list[str]:
     return check.check(make_config({**values, **models, "gpuid": (-1,), **changes}))
 
 
-def problem_of(**changes) -> str:
-    (problem,) = problems_of(**changes)
-    return problem
-
-
 def test_parameters_become_keywords():
     coda = {"pool": 100, "length": 8, "ortho_weight": 0.0}
     assert PROMPTS["CODAPrompt"].parse((100, 8, 0.0), 10) == (coda, [])
@@ -33,28 +26,14 @@ def test_parameters_become_keywords():
     assert PROMPTS["L2P"].parse((30, 20, 1), 10)[0]["deep"] is True
 
 
-@pytest.mark.parametrize("name", PROMPTS)
-def test_the_papers_parameters_are_allowed(name):
-    entry = PROMPTS[name]
-    keywords, problems = entry.parse(entry.paper, 10)
-    assert problems == [] and len(keywords) == len(entry.fields)
-
-
 @pytest.mark.parametrize(
     ("name", "teacher", "student", "kd_prompt_param", "words"),
     [
-        ("KD", BASE, SMALL, (12, 6), []),
         ("KD", SMALL, LARGE, (99, 5), []),
         ("none", FEWER_TOKENS, SMALL._replace(image_size=384), (12, 6), []),
-        ("FitNets", BASE, SMALL, (12, 6), []),
-        ("FitNets", FEWER_TOKENS, SMALL, (12, 6), ["equally many tokens, but have 50"]),
         ("ReviewKD", LARGE, BASE, (12, 6), []),
-        ("ReviewKD", SMALL, LARGE, (12, 6), ["12 (--t_model) against 24"]),
         ("ReviewKD", FEWER_TOKENS, LARGE, (12, 6), ["tokens", "blocks"]),
         ("KD_Token", BASE, SMALL, (12, 6), []),
-        ("KD_Token", BASE, SMALL, (1, 2), []),
-        ("KD_Token", BASE, SMALL, (13, 6), ["must be 1 to 12"]),
-        ("KD_Token", BASE, SMALL, (12, 7), ["must be even"]),
         ("KD_Token", None, None, (99, 6), []),
         ("KD", BASE, SMALL._replace(image_size=384), (12, 6), ["224 px and --s_model 384 px"]),
     ],
@@ -70,18 +49,13 @@ def test_classes_and_table_agree_on_the_teacher(name):
     assert DISTILLERS.load(name).needs_teacher == DISTILLERS[name].needs_teacher
 
 
-@pytest.mark.parametrize(
-    ("arguments", "tasks"),
-    [((100, 10, 10), 10), ((100, 50, 10), 6), ((100, 10, 40), 4), ((9, 9, 7), 1), ((100, 10, 10, True), 1)],
-)
-def test_number_of_tasks(arguments, tasks):
-    assert check.num_tasks_of(*arguments) == tasks
+def test_number_of_tasks():
+    cases = {(100, 10, 10): 10, (100, 50, 10): 6, (100, 10, 40): 4, (9, 9, 7): 1, (100, 10, 10, True): 1}
+    assert {arguments: check.num_tasks_of(*arguments) for arguments in cases} == cases
 
 
-def test_pool_is_compared_with_the_number_of_tasks():
-    dual = {"learner_name": "DualPrompt", "other_split_size": 10}
-    assert "number of tasks, 19" in problem_of(**dual)
-    assert problems_of(**dual, upper_bound_flag=True) == []
+def test_pool_is_not_compared_where_all_classes_are_one_task():
+    assert problems_of(learner_name="DualPrompt", other_split_size=10, upper_bound_flag=True) == []
 
 
 def test_nothing_is_said_about_values_that_were_wrong_already():
@@ -92,7 +66,6 @@ def test_nothing_is_said_about_values_that_were_wrong_already():
 @pytest.mark.parametrize(
     ("count", "gpuid", "words"),
     [
-        (0, (0,), "no CUDA device here; use --gpuid -1"),
         (1, (0, 1), "no GPU 1 here, only GPU 0"),
         (2, (1, 2, 3), "no GPU 2 3 here, only GPUs 0 to 1"),
         (2, (0, 1), None),
@@ -109,22 +82,17 @@ def test_gpus(monkeypatch, count, gpuid, words):
 
 def test_batch_divides_over_gpus_processes_and_parts(monkeypatch):
     monkeypatch.setattr(check, "cuda_devices", lambda: 4)
-    assert "by the 3 GPUs of --gpuid: use 63 or 66" in problem_of(gpuid=(0, 1, 2), batch_size=64)
-    assert "use for example 4" in problem_of(batch_size=64, accumulate=7)
-    assert "32 images of a batch on each of 2 GPUs" in problem_of(gpuid=(0, 1), batch_size=64, accumulate=64)
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "5"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+    assert "by the 3 GPUs of --gpuid: use 63 or 66" in problems_of(gpuid=(0, 1, 2), batch_size=64)[0]
+    assert "32 images of a batch on each of 2 GPUs" in problems_of(gpuid=(0, 1), batch_size=64, accumulate=64)[0]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "5", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert "by the 5 processes: use 60 or 65" in problem_of(batch_size=64)
-    assert "by the 5 processes: use 5" in problem_of(batch_size=3)
+    assert "by the 5 processes: use 60 or 65" in problems_of(batch_size=64)[0]
+    assert "by the 5 processes: use 5" in problems_of(batch_size=3)[0]
 
 
 def test_folder_is_tried_without_leaving_anything(tmp_path):
     assert problems_of(log_dir=tmp_path / "a" / "b") == []
     assert list(tmp_path.iterdir()) == []
-
-
-def test_sizes_unknown_by_name_are_left_to_the_built_backbones():
-    assert problems_of(t_model="vit_base_patch14_dinov2", KD_method="FitNets") == []
 
 
 def test_paper_values_are_filled_in(tmp_path):
@@ -135,5 +103,4 @@ def test_paper_values_are_filled_in(tmp_path):
 
 def test_seeds_of_a_repeat_need_teachers_each(tmp_path):
     (tmp_path / "seed-1").mkdir()
-    problem = problem_of(teacher_from=tmp_path, repeat=2)
-    assert f"--teacher_from: there is no folder {tmp_path}/seed-2" in problem
+    assert f"--teacher_from: there is no folder {tmp_path}/seed-2" in problems_of(teacher_from=tmp_path, repeat=2)[0]

@@ -1,7 +1,5 @@
 """Properties that only a GPU can show; skipped where there is none."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -13,48 +11,28 @@ from tests.learners.small import batch_of, classes_of
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.fixture
-def no_waiting():
+def without_waiting(function, *arguments):
     """Anything in the call that makes the host wait for the GPU is an error."""
-
-    def call(function, *arguments):
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return function(*arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    return call
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("reduced", [None, torch.bfloat16])
 @pytest.mark.parametrize("kd_method", DISTILLERS)
 @pytest.mark.parametrize("learner_name", PROMPTS)
-def test_no_step_waits_for_the_gpu(learner_name, kd_method, reduced, no_waiting):
+def test_no_step_waits_for_the_gpu(learner_name, kd_method, reduced):
     learner = small.learner(learner_name, kd_method, device="cuda", reduced=reduced)
     images, targets = (part.cuda() for part in batch_of(0))
     for role in learner.roles:
         training = learner.begin_training(role, classes_of(0))
         training.begin_epoch(0)
         training.train_step(images, targets)  # the first step makes the optimizer's state
-        no_waiting(training.train_step, images, targets)
+        without_waiting(training.train_step, images, targets)
     evaluate = learner.evaluator()
     with torch.inference_mode():
         evaluate(images, targets, 2)
-        no_waiting(evaluate, images, targets, 2)
-
-
-@pytest.mark.parametrize("kd_method", DISTILLERS)
-def test_a_gpu_computes_what_the_cpu_computes(kd_method):
-    logits = []
-    for device in ("cpu", "cuda"):
-        learner = small.learner("CODAPrompt", kd_method, device=device)
-        for role in learner.roles:
-            training = learner.begin_training(role, classes_of(0))
-            training.begin_epoch(0)
-            for seed in range(3):
-                training.train_step(*(part.to(device) for part in batch_of(0, seed=seed)))
-        with torch.no_grad():
-            logits.append(learner.eval_step().logits(batch_of(0)[0].to(device), 2)["student"].cpu())
-    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-3)
+        without_waiting(evaluate, images, targets, 2)

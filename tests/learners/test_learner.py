@@ -1,7 +1,5 @@
 """Training of both models, for every pair of learner and KD method: what moves and what must not."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest
@@ -11,7 +9,6 @@ from learners.distillers import DISTILLERS
 from models.prompts import PROMPTS
 from tests.learners import small
 from tests.learners.small import batch_of, changed, classes_of, snapshot
-from utils.config import OptimConfig
 
 PAIRS = [(learner, method) for learner in PROMPTS for method in DISTILLERS]
 ROLES = ("teacher", "student")
@@ -56,20 +53,6 @@ def test_training_moves_one_model_and_leaves_the_rest(learner_name, kd_method):
             assert changed(learner.distiller, distiller) == (trained if trained_role == "student" else set())
 
 
-@pytest.mark.parametrize(("learner_name", "kd_method"), PAIRS)
-def test_gradients_reach_the_declared_parameters_and_no_others(learner_name, kd_method):
-    learner = small.learner(learner_name, kd_method)
-    for role in learner.roles:
-        training = learner.begin_training(role, classes_of(0))
-        training.train_step(*batch_of(0))
-        declared = {id(p) for p in training.parameters}
-        everything = [p for model in learner.models.values() for p in model.parameters()]
-        for parameter in [*everything, *learner.distiller.parameters()]:
-            assert (parameter.grad is not None) == (id(parameter) in declared)
-        for parameter in training.parameters:
-            parameter.grad = None
-
-
 @pytest.mark.parametrize("kd_method", DISTILLERS)
 def test_past_components_of_coda_do_not_move(kd_method):
     learner = small.learner("CODAPrompt", kd_method, prompt_param=(7, 4, 0.1))
@@ -85,10 +68,9 @@ def test_past_components_of_coda_do_not_move(kd_method):
             assert rows == [False, False, True, True, False, False, False], name
 
 
-@pytest.mark.parametrize("depths", [(3, 3), (24, 24)])
 @pytest.mark.parametrize(("learner_name", "kd_method"), PAIRS)
-def test_depths(learner_name, kd_method, depths):
-    learner = small.learner(learner_name, kd_method, teacher_depth=depths[0], student_depth=depths[1])
+def test_depth_of_a_large_vit(learner_name, kd_method):
+    learner = small.learner(learner_name, kd_method, teacher_depth=24, student_depth=24)
     for role in learner.roles:
         assert train(learner, 0, role, steps=1).loss.isfinite()
     assert all(logits.isfinite().all() for logits in logits_of(learner, batch_of(0)[0], 2).values())
@@ -111,16 +93,6 @@ def test_state_round_trips(learner_name, kd_method):
     assert all(torch.equal(found[role], expected[role]) for role in expected)
 
 
-@pytest.mark.parametrize("kd_method", DISTILLERS)
-def test_a_state_that_does_not_fit_is_an_error(kd_method):
-    learner = small.learner("L2P", kd_method)
-    state = learner.state("student")
-    with pytest.raises(RuntimeError):
-        learner.load_state("student", {key: state[key] for key in list(state)[1:]})
-    with pytest.raises(RuntimeError):
-        learner.load_state("student", state | {"prompt.e_p_9": torch.zeros(1)})
-
-
 @pytest.mark.parametrize("learner_name", PROMPTS)
 def test_parts_start_equal_whatever_else_a_run_has(learner_name):
     """The student's pool and head, and the teacher, do not depend on the KD method; the seed decides."""
@@ -130,15 +102,6 @@ def test_parts_start_equal_whatever_else_a_run_has(learner_name):
         for model in models[1:]:
             assert not changed(model, snapshot(models[0]))
     assert changed(small.learner(learner_name, "KD", seed=6).student, snapshot(built[0].student))
-
-
-def test_alpha_zero_trains_the_student_with_plain_cross_entropy():
-    """The limit alpha = 0 of KD equals no distillation, step by step."""
-    losses = {}
-    for kd_method in ("none", "KD", "DKD"):
-        learner = small.learner("L2P", kd_method, alpha=0.0)
-        losses[kd_method] = [train(learner, 0, "student", steps=n).loss.item() for n in (1, 2)]
-    assert losses["KD"] == losses["DKD"] == pytest.approx(losses["none"], rel=1e-6)
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -199,20 +162,6 @@ def test_class_weights_weigh_the_cross_entropy():
             terms.append(training.train_step(*batch_of(0)).terms)
         torch.testing.assert_close(terms[1]["ce"], 3 * terms[0]["ce"])
         torch.testing.assert_close(terms[1]["prompt"], terms[0]["prompt"])
-
-
-@pytest.mark.parametrize("optimizer", ["Adam", "amsgrad", "SGD", "RMSprop", "Rprop"])
-def test_same_seed_same_bytes(optimizer):
-    states = []
-    for _ in range(2):
-        optim = OptimConfig(optimizer=optimizer, lr=0.01, schedule=(2,))
-        learner = small.learner("CODAPrompt", "KD_Token", optim=optim)
-        for task in range(2):
-            learner.begin_task(task)
-            for role in ROLES:
-                train(learner, task, role)
-        states.append(learner.state("teacher") | learner.state("student"))
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")

@@ -1,7 +1,5 @@
 """A run that is killed at any moment ends, after the same command, with the same bytes."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil
@@ -26,19 +24,9 @@ PAIRS = {
 
 
 @pytest.fixture(scope="module")
-def references(config, tmp_path_factory):
-    """The results of each run without interruption, made when first asked for."""
-    cache = {}
-
-    def reference(*flags):
-        if flags not in cache:
-            folder = tmp_path_factory.mktemp("reference")
-            with runs.quick():
-                assert run.main(runs.arguments(config, folder, *flags)) == 0
-            cache[flags] = runs.results(folder)
-        return cache[flags]
-
-    return reference
+def reference(config, tmp_path_factory):
+    """The results without interruption."""
+    return runs.results(runs.finish(config, tmp_path_factory.mktemp("reference")))
 
 
 @pytest.fixture(autouse=True)
@@ -104,9 +92,9 @@ def _at_once(executor, function, *args):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_killed_again_and_again(pair, config, references, tmp_path, monkeypatch):
+def test_killed_again_and_again(pair, config, tmp_path, monkeypatch):
     flags = ("--learner_name", pair.split()[0], "--KD_method", pair.split()[1], *PAIRS[pair])
-    expected = references(*flags)
+    expected = runs.results(runs.finish(config, tmp_path / "whole", *flags))
     argv = runs.arguments(config, tmp_path / "run", *flags)
     interruption = Interruption(monkeypatch)
     deaths = 0
@@ -117,19 +105,22 @@ def test_killed_again_and_again(pair, config, references, tmp_path, monkeypatch)
     assert runs.results(tmp_path / "run") == expected
 
 
-def test_no_epoch_is_lost(config, references, tmp_path, monkeypatch, caplog):
-    """Killed at the last of 24 steps, 2 tasks x 2 models x 2 epochs x 3 steps: only its epoch is repeated."""
-    argv = runs.arguments(config, tmp_path / "run")
+def test_no_epoch_is_lost(config, reference, tmp_path, monkeypatch, caplog):
+    """Killed at the last of 24 steps, 2 tasks x 2 models x 2 epochs x 3 steps: only its epoch is repeated.
+
+    The resume may differ in the folder's place, the number of workers, and how often losses are read.
+    """
     interruption = Interruption(monkeypatch)
-    assert interruption.main(argv, after=23, counted="step") is None
+    assert interruption.main(runs.arguments(config, tmp_path / "run"), after=23, counted="step") is None
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
     with caplog.at_level(logging.INFO):
-        assert interruption.main(argv) == 0
+        assert interruption.main(runs.arguments(config, moved, "--workers", 1, "--log_interval", 1)) == 0
     assert "Resuming at task 2, student, epoch 2, step 1" in caplog.text
     assert interruption.log.count("step") == 3
-    assert runs.results(tmp_path / "run") == references()
+    assert runs.results(moved) == reference
 
 
-def test_killed_at_any_moment_of_the_end_of_a_task(config, references, tmp_path, monkeypatch):
+def test_killed_at_any_moment_of_the_end_of_a_task(config, reference, tmp_path, monkeypatch):
     """In the evaluation, while models and results are written, and before the state that follows them."""
     interruption = Interruption(monkeypatch)
     start = runs.arguments(config, tmp_path / "start")
@@ -143,19 +134,9 @@ def test_killed_at_any_moment_of_the_end_of_a_task(config, references, tmp_path,
         if code == 0:
             break
         assert interruption.main(argv) == 0
-        assert runs.results(folder) == references(), events
+        assert runs.results(folder) == reference, events
         events += 1
     assert events > 10
-
-
-def test_in_another_folder_with_other_workers(config, references, tmp_path, monkeypatch):
-    """Two calls may differ in the folder's place, the number of workers, and how often losses are read."""
-    interruption = Interruption(monkeypatch)
-    assert interruption.main(runs.arguments(config, tmp_path / "run"), after=15, counted="step") is None
-    (tmp_path / "run").rename(tmp_path / "moved")
-    argv = runs.arguments(config, tmp_path / "moved", "--workers", 1, "--log_interval", 1)
-    assert interruption.main(argv) == 0
-    assert runs.results(tmp_path / "moved") == references()
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +144,7 @@ def died(config, tmp_path_factory):
     """A run that died while it trained the student on the second task."""
     folder = tmp_path_factory.mktemp("died") / "run"
     with runs.quick(), pytest.MonkeyPatch.context() as patch:
-        interruption = Interruption(patch)
-        assert interruption.main(runs.arguments(config, folder), after=22, counted="step") is None
+        assert Interruption(patch).main(runs.arguments(config, folder), after=22, counted="step") is None
     return folder
 
 
@@ -173,14 +153,14 @@ class TestDamage:
     def interrupted(self, died, tmp_path):
         return shutil.copytree(died, tmp_path / "run")
 
-    def test_a_flipped_bit_of_the_state(self, interrupted, config, references, capsys):
+    def test_a_flipped_bit_of_the_state(self, interrupted, config, reference, capsys):
         data = bytearray((interrupted / STATE).read_bytes())
         data[len(data) // 2] ^= 4
         (interrupted / STATE).write_bytes(data)
         assert run.main(runs.arguments(config, interrupted)) == 0
         assert "newest.pth is damaged" in capsys.readouterr().out
         assert "resuming from the state before it" in (interrupted / "output.log").read_text()
-        assert runs.results(interrupted) == references()
+        assert runs.results(interrupted) == reference
 
     @pytest.mark.parametrize(
         ("names", "lost"),
@@ -203,10 +183,3 @@ class TestDamage:
         assert error.startswith("run.py: error: ") and error.count("\n") == 1
         assert names[0] in error
         assert {**runs.snapshot(interrupted), "output.log": b""} == {**before, "output.log": b""}
-
-    def test_overwrite_moves_a_damaged_run_aside(self, interrupted, config, references):
-        (interrupted / "args.yaml").write_text("{}")
-        before = runs.snapshot(interrupted)
-        assert run.main(runs.arguments(config, interrupted, "--overwrite", 1)) == 0
-        assert runs.snapshot(interrupted.with_name("run.old-1")) == before
-        assert runs.results(interrupted) == references()

@@ -25,9 +25,9 @@ def test_known_sizes(name):
         assert known_size(full) == size and timm.get_pretrained_cfg(full).input_size[1:] == (size.image_size,) * 2
 
 
-@pytest.mark.parametrize("name", ["resnet50", "vit_base_patch16_clip_224", "vit_base_patch0_224", "", "vit"])
-def test_other_sizes_are_unknown(name):
-    assert known_size(name) is None
+def test_other_sizes_are_unknown():
+    names = ["resnet50", "vit_base_patch16_clip_224", "vit_base_patch0_224", "", "vit"]
+    assert list(map(known_size, names)) == [None] * len(names)
 
 
 def test_right_names():
@@ -43,14 +43,10 @@ def test_right_names():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("vit_bas_patch16_224", "did you mean vit_base_patch16_224?"),
-        ("mini_vit_smal", "did you mean mini_vit_small?"),
         ("vit_base_patch16_224.augreg_in22k", "did you mean vit_base_patch16_224.augreg_in21k? (it has: augreg2_in21k"),
         ("vit_base_patch16_224.", "no weights ''"),
         ("hf-hub:timm/vit_base_patch16_224.dino", "is an address"),
-        ("resnet50", "no vision transformer"),
         ("vit_base_patch16_dinov3", "no vision transformer"),  # timm builds it as an Eva
-        ("", "no vision transformer"),
     ],
 )
 def test_wrong_names(name, words):

@@ -1,7 +1,5 @@
 """Results of runs that never took place."""
 
-from __future__ import annotations
-
 from utils.metrics import FORMAT, AccuracyMatrix
 
 DATA = {"split": "folder", "classes": 4, "class_names_sha256": "a" * 64, "train_images": 28, "test_images": 12}

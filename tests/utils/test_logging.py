@@ -5,8 +5,7 @@ import sys
 import pytest
 
 import utils.logging as cdl_logging
-from tests.processes import ROOT
-from utils.logging import Progress, duration, environment, peak_memory_mb, setup_logging
+from utils.logging import Progress, environment, peak_memory_mb, setup_logging
 
 log = logging.getLogger("run")
 
@@ -43,15 +42,8 @@ def test_a_closed_pipe_and_a_full_disk_end_no_run():
     script = "import logging; from utils.logging import setup_logging; setup_logging('/dev/full')\n"
     script += "for _ in range(9): logging.getLogger('run').info('x' * 100_000)\n"
     command = f'{sys.executable} -c "$0" | head -c 10; exit ${{PIPESTATUS[0]}}'
-    result = subprocess.run(["bash", "-c", command, script], capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(["bash", "-c", command, script], capture_output=True, text=True, cwd=cdl_logging.PROJECT)
     assert (result.returncode, result.stdout, result.stderr) == (0, "x" * 10, "")
-
-
-def test_environment_and_memory():
-    found = environment()
-    assert found["versions"]["torch"] and found["versions"]["python"] == sys.version.split()[0]
-    assert found["hardware"]["cores"] >= 1 and found["hardware"]["cpu"] and found["hardware"]["memory_gb"] > 0
-    assert 10 < peak_memory_mb()["cpu"] < 1e6
 
 
 def test_git_commit(tmp_path):
@@ -66,8 +58,10 @@ def test_git_commit(tmp_path):
     assert cdl_logging._git_commit(tmp_path / "inner") is None  # somebody else's checkout
 
 
-def test_duration():
-    assert [*map(duration, (0, 59.6, 3723, 90000))] == ["0:00:00", "0:01:00", "1:02:03", "25:00:00"]
+def test_environment_and_memory():
+    found = environment()
+    assert found["versions"]["torch"] and found["hardware"]["cores"] >= 1 and found["hardware"]["memory_gb"] > 0
+    assert 10 < peak_memory_mb()["cpu"] < 1e6
 
 
 def run(enabled, tasks):

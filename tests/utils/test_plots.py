@@ -20,7 +20,7 @@ def metrics_of(tasks, *, done=None, teacher=True, lowest=0.0):
     return fake_metrics(rows, rows if teacher else None, num_tasks=tasks, **parts)
 
 
-@pytest.mark.parametrize("tasks, more", [(1, {}), (3, {"done": 2, "lowest": -1.0}), (20, {"teacher": False})])
+@pytest.mark.parametrize("tasks, more", [(3, {"done": 2, "lowest": -1.0}), (20, {"teacher": False})])
 def test_pictures_of_runs_of_any_length(tasks, more):
     pictures = plots.draw(metrics_of(tasks, **more))
     assert list(pictures) == ["accuracy.png", "accuracy_matrix.png", "losses.png", "prompt_usage.png"]
@@ -31,15 +31,12 @@ def test_pictures_of_runs_of_any_length(tasks, more):
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 10  # not an empty canvas
 
 
-def test_missing_parts_have_no_picture():
+def test_missing_parts_have_no_picture_and_diverged_losses_have_one():
     metrics = metrics_of(2) | {"losses": {}, "prompt_usage": {"student": []}}
     assert list(plots.draw(metrics)) == ["accuracy.png", "accuracy_matrix.png"]
-
-
-def test_diverged_losses_and_a_student_shallower_than_its_teacher():
     metrics = metrics_of(1)
     metrics["losses"]["student"] = [[{"ce": 1.0}, {"ce": None}]]
-    metrics["prompt_usage"]["student"] = [{"block 0": [0.5, 0.5]}]
+    metrics["prompt_usage"]["student"] = [{"block 0": [0.5, 0.5]}]  # shallower than its teacher
     assert len(plots.draw(metrics)) == 4
 
 
@@ -58,8 +55,7 @@ def test_losses_have_a_total_and_one_colour_per_term_in_all_panels():
 
 @pytest.mark.parametrize(
     "row, label",
-    [([0.5, 0.5, 0], "Share of images"), ([1, 0.75, 0.25], "Share of images"), ([0.5, 0.4, 0], "Mean weight")]
-    + [([-0.5, 0.5, 1], "Mean weight"), ([1.5, 0.5], "Mean weight")],
+    [([0.5, 0.5, 0], "Share of images"), ([0.5, 0.4, 0], "Mean weight"), ([-0.5, 0.5, 1], "Mean weight")],
 )
 def test_usage_is_a_share_or_a_weight(row, label):
     metrics = metrics_of(1, teacher=False) | {"prompt_usage": {"student": [{"block 0": row}]}}

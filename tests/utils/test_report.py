@@ -20,7 +20,7 @@ PAPERS = {"dataset": "CIFAR100", "tasks": 10, **BASE_SMALL}
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     """Drawing takes most of a report's time, so only the tests of the page in a browser do it."""
-    if "page" not in request.fixturenames:
+    if "browser" not in request.node.name:
         monkeypatch.setattr("utils.report.page.curves_png", lambda *arguments: b"picture")
 
 
@@ -52,14 +52,9 @@ def cells(files, student=None):
 
 
 def test_seeds_are_joined_and_all_else_is_told_apart(tmp_path):
-    changes = [
-        {},
-        {"lr": 0.2},
-        {"method": "KD_Token"},
-        {"method": "KD_Token", "kd_prompt_param": [1, 6]},
-        {"tasks": 3},
-        {"data": DATA | {"class_names_sha256": "b" * 64}},
-    ]
+    other_parameters = {"method": "KD_Token", "kd_prompt_param": [1, 6]}
+    other_data = {"data": DATA | {"class_names_sha256": "b" * 64}}
+    changes = [{}, {"lr": 0.2}, {"method": "KD_Token"}, other_parameters, {"tasks": 3}, other_data]
     for number, change in enumerate(changes):
         put(tmp_path / f"runs/{number}", **change)
     put(tmp_path / "runs/second seed", seed=2, final=62.0)
@@ -148,30 +143,22 @@ def test_unfinished_runs_are_marked_and_do_not_count(tmp_path):
 
 def test_damaged_and_foreign_folders_are_listed(tmp_path):
     runs = tmp_path / "runs"
-    good = (put(runs / "good") / "Results" / "metrics.json").read_bytes()
-    metrics = json.loads(good)
-    metrics["student"]["accuracy_matrix"] = [[1.0], [2.0]]
-    broken = {
-        "empty": b"",
-        "half": good[:100],
-        "latin": b'{"format": "\xe9"}',
-        "list": b"[]",
-        "other": b'{"format": 9}',
-        "lacks": b'{"format": 1}',
-        "matrix": json.dumps(metrics).encode(),
-    }
+    good = (put(runs / "good") / "Results/metrics.json").read_bytes()
+    matrix = json.loads(good)
+    matrix["student"]["accuracy_matrix"] = [[1.0], [2.0]]
+    broken = {"empty": b"", "half": good[:100], "latin": b'{"format": "\xe9"}', "other": b'{"format": 9}'}
+    broken |= {"list": b"[]", "lacks": b'{"format": 1}', "matrix": json.dumps(matrix).encode()}
     for name, content in broken.items():
         (runs / name / "Results").mkdir(parents=True)
-        (runs / name / "Results" / "metrics.json").write_bytes(content)
-    (runs / "started").mkdir()
-    (runs / "started" / "args.yaml").write_text("lr: 1")
-    (runs / "notes" / "deeper").mkdir(parents=True)
+        (runs / name / "Results/metrics.json").write_bytes(content)
+    for name in ("started", "notes/deeper"):
+        (runs / name).mkdir(parents=True)
+    (runs / "started/args.yaml").write_text("lr: 1")
     (runs / "args.yaml").write_text("lr: 1")  # a folder of --repeat is no run
     files = report(runs, out=runs / "report")
     assert files == report(runs, out=runs / "report")  # the same bytes, since a report does not list itself
     listed = re.findall(r"^\| \S*/(\w+) \| (\S+)", files["md"].partition("## Folders not used")[2], re.MULTILINE)
-    expected = dict.fromkeys(broken, "Results/metrics.json") | {"started": "has", "notes": "holds"}
-    assert dict(listed) == expected
+    assert dict(listed) == dict.fromkeys(broken, "Results/metrics.json") | {"started": "has", "notes": "holds"}
     assert len(cells(files)) == 1 and "no task was finished" in files["html"]
 
 
@@ -202,15 +189,15 @@ def test_text_from_folders_is_escaped(tmp_path):
     [
         ([], "required: DIR"),
         (["nowhere"], "nowhere is not a folder"),
-        (["."], "there is no run in ."),
+        (["empty"], "there is no run in empty"),
         (["a", "--out", "file"], "--out file cannot be written"),
     ],
 )
 def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
+    put(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
-    if "a" in arguments:
-        put(tmp_path / "a")
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert words in capsys.readouterr().err and not (tmp_path / "report").exists()
@@ -236,35 +223,25 @@ def browse(tmp_path, page):
     return result.stdout, result.stderr
 
 
-@pytest.fixture
-def page(tmp_path):
-    """The page of a report with everything in it."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed: the page was not opened in a browser")
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: the page was not opened in a browser")
+def test_page_in_a_browser(tmp_path):
+    """It asks for nothing, has no error on the console, and shows tables and pictures at any width."""
     for seed, method in ((seed, method) for seed in (1, 2) for method in ("none", "KD", "KD_Token")):
         put(tmp_path / f"runs/{method}-{seed}", seed=seed, final=80.0 + seed, method=method, **PAPERS)
     put(tmp_path / "runs/a rather long name of a folder & more" / ("x" * 60), done=1)
     (tmp_path / "runs/foreign").mkdir()
-    report(tmp_path / "runs", out=tmp_path / "out")
-    return tmp_path / "out" / "report.html"
-
-
-def test_page_asks_for_nothing_and_has_no_console_error(tmp_path, page):
-    assert "CONSOLE" not in browse(tmp_path, page)[1]  # where a request that the page's policy forbids would be
-    targets = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s>]*)""", page.read_text())
+    text, out = report(tmp_path / "runs", out=tmp_path / "out")["html"], tmp_path / "out"
+    assert "CONSOLE" not in browse(tmp_path, out / "report.html")[1]  # where a request that its policy forbids would be
+    targets = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s>]*)""", text)
     assert len(targets) > 3 and all(target.startswith("data:") for target in targets)
-
-
-@pytest.mark.parametrize("width", [1280, 400])
-def test_tables_and_pictures_are_visible(tmp_path, page, width):
     # The page's policy forbids the script that measures, so this copy has none; a frame gives the width, since
     # Chromium's own window may not be narrow.
-    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text()).replace("</head>", MEASURE + "</head>")
-    (page.parent / "copy.html").write_text(text)
-    frame = page.parent / "frame.html"
-    frame.write_text(f'<title></title><iframe src="copy.html" style="border:0;width:{width}px;height:900px"></iframe>')
-    found = json.loads(re.search("<title>(.*?)</title>", browse(tmp_path, frame)[0])[1])
-    assert found["scroll"] <= width and len(found["tables"]) == 5 and len(found["images"]) == 4
-    for left, right, wide, high in found["tables"] + found["cells"] + found["images"]:
-        assert left >= 0 and right <= width + 1 and wide > 20 and high > 10
-    assert all(wide >= 300 and high > 200 for _, _, wide, high in found["images"])
+    (out / "copy.html").write_text(re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</head>", MEASURE + "</head>"))
+    for width in (1280, 400):
+        frame = f'<title></title><iframe src="copy.html" style="border:0;width:{width}px;height:900px"></iframe>'
+        (out / "frame.html").write_text(frame)
+        found = json.loads(re.search("<title>(.*?)</title>", browse(tmp_path, out / "frame.html")[0])[1])
+        assert found["scroll"] <= width and len(found["tables"]) == 5 and len(found["images"]) == 4
+        for left, right, wide, high in found["tables"] + found["cells"] + found["images"]:
+            assert left >= 0 and right <= width + 1 and wide > 20 and high > 10
+        assert all(wide >= 300 and high > 200 for _, _, wide, high in found["images"])

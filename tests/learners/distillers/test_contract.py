@@ -1,7 +1,5 @@
 """The contract of every entry of the DISTILLERS table; a new method is tested without a line here."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -18,14 +16,13 @@ CLASSES = 6
 CURRENT = ClassRange(2, 5)
 TARGETS = torch.tensor([2, 4, 3, 4])
 TOKENS = 5
-DEPTHS = [(3, 3), (24, 3), (24, 24)]
 # Names of the original's checkpoints.
 NAMES = re.compile(r"kd_last\.|kd_prompt\.kd_p_\d+|project_t_s\.proj\.|ReviewKD_layers\.abfs\.\d+\.(proj|norm)[12z]\.")
 
 
-def build(name: str, *, alpha: float = 0.5, depths: tuple[int, int] = (3, 3), seed: int = 0) -> Distiller:
+def build(name: str, *, alpha: float = 0.5, depths: tuple[int, int] = (3, 3)) -> Distiller:
     """A method for models of width 12 and 8 and these depths, teacher first."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     dims = DistillDims(8, 12, depths[1], depths[0], CLASSES)
     return DISTILLERS.load(name)(DistillConfig(name, (depths[1], 4), alpha), dims)
 
@@ -48,32 +45,21 @@ def terms_of(name: str, **options) -> tuple[Distiller, ModelOutput, ModelOutput,
     return distiller, student, teacher, distiller(student, teacher, TARGETS, CURRENT)
 
 
-@pytest.mark.parametrize("depths", DEPTHS)
+@pytest.mark.parametrize("depths", [(3, 3), (24, 3), (24, 24)])
 @pytest.mark.parametrize("name", DISTILLERS)
-def test_terms_are_finite_scalars_at_every_depth(name, depths):
-    distiller, _, _, terms = terms_of(name, depths=depths)
+def test_outputs_at_every_depth(name, depths):
+    distiller, student, _, terms = terms_of(name, depths=depths)
     assert "ce" in terms and terms.keys() <= {"ce", "distill", "feature"}
     assert ("feature" in terms) == distiller.needs_blocks
     assert all(term.shape == () and term.isfinite() for term in terms.values())
-
-
-@pytest.mark.parametrize("name", DISTILLERS)
-def test_gradients_reach_every_trained_part(name):
-    distiller, student, _, _ = terms_of(name)
-    inputs = distiller.student_inputs()
-    extra = student.extra
-    if inputs.extra_tokens is not None:  # as if a student had passed them on
-        extra = extra + inputs.extra_tokens.sum()
-    for suffix in inputs.suffixes or ():
-        extra = extra if suffix is None else extra + suffix.key.sum() + 2 * suffix.value.sum()
-    terms = distiller(student._replace(extra=extra), output(12, 3, 2), TARGETS, CURRENT)
-    sum(terms.values()).backward()
-    assert student.logits.grad is not None
-    for parameter_name, parameter in distiller.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None and parameter.grad.any(), parameter_name
-        else:
-            assert parameter.grad is None
+    assert distiller.predict(student).shape == (4, CLASSES)
+    assert all(NAMES.match(key) for key in distiller.state_dict())
+    suffixes, extra_tokens = distiller.student_inputs()
+    if suffixes is not None:
+        assert len(suffixes) == depths[1]
+        assert all(s is None or (s.key.shape == s.value.shape and s.key.shape[2] == 8) for s in suffixes)
+    if extra_tokens is not None:
+        assert extra_tokens.dim() == 2 and extra_tokens.shape[1] == 8
 
 
 @pytest.mark.parametrize("name", DISTILLERS)
@@ -114,64 +100,16 @@ def distiller_logits(distiller: Distiller, student: ModelOutput) -> torch.Tensor
 
 
 @pytest.mark.parametrize("name", DISTILLERS)
-def test_cross_entropy_takes_class_weights(name):
+def test_class_weights_weigh_the_cross_entropy_alone(name):
     distiller, student, teacher, terms = terms_of(name)
     weighted = distiller(student, teacher, TARGETS, CURRENT, torch.full((CLASSES,), 3.0))
-    torch.testing.assert_close(weighted["ce"], 3 * terms["ce"])
-    assert {key: term for key, term in weighted.items() if key != "ce"} == {
-        key: term for key, term in terms.items() if key != "ce"
-    }
-
-
-@pytest.mark.parametrize("name", DISTILLERS)
-def test_terms_are_means_over_images(name):
-    """The loss of a batch is the mean of those of its halves, so that devices may share a batch."""
-    distiller, student, teacher, terms = terms_of(name)
-    halves = []
-    for rows in (slice(0, 2), slice(2, 4)):
-        parts = [
-            ModelOutput(x.logits[rows], x.extra[rows], tuple(block[rows] for block in x.blocks), x.prompt_loss)
-            for x in (student, teacher)
-        ]
-        halves.append(distiller(*parts, TARGETS[rows], CURRENT))
-    for key, term in terms.items():
-        torch.testing.assert_close(term, (halves[0][key] + halves[1][key]) / 2)
-
-
-@pytest.mark.parametrize("depths", DEPTHS)
-@pytest.mark.parametrize("name", DISTILLERS)
-def test_inputs_of_the_student(name, depths):
-    suffixes, extra_tokens = build(name, depths=depths).student_inputs()
-    if suffixes is not None:
-        assert len(suffixes) == depths[1]
-        for suffix in suffixes:
-            assert suffix is None or (suffix.key.shape == suffix.value.shape and suffix.key.shape[2] == 8)
-    if extra_tokens is not None:
-        assert extra_tokens.dim() == 2 and extra_tokens.shape[1] == 8
-
-
-@pytest.mark.parametrize("name", DISTILLERS)
-def test_prediction_has_all_classes(name):
-    distiller, student, _, _ = terms_of(name)
-    assert distiller.predict(student).shape == (4, CLASSES)
-
-
-@pytest.mark.parametrize("name", DISTILLERS)
-def test_state_round_trips_under_the_originals_names(name):
-    first, second = build(name, seed=0), build(name, seed=1)
-    assert all(NAMES.match(key) for key in first.state_dict())
-    second.load_state_dict(first.state_dict())
-    student, teacher = output(8, 3, 1), output(12, 3, 2)
-    terms = [x(student, teacher, TARGETS, CURRENT) for x in (first, second)]
-    assert all(torch.equal(terms[0][key], terms[1][key]) for key in terms[0])
+    torch.testing.assert_close(weighted, terms | {"ce": 3 * terms["ce"]})
 
 
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_half_precision_outputs_give_losses_in_float32(name):
     distiller, student, teacher, terms = terms_of(name)
-    half = [
-        ModelOutput(x.logits.bfloat16(), x.extra, x.blocks, x.prompt_loss) for x in (student, teacher)
-    ]
+    half = [output._replace(logits=output.logits.bfloat16()) for output in (student, teacher)]
     for key, term in distiller(*half, TARGETS, CURRENT).items():
         assert term.dtype == torch.float32
         torch.testing.assert_close(term, terms[key], rtol=0.05, atol=0.02)

@@ -1,7 +1,5 @@
 """The contract of all entries of the PROMPTS table; a new pool is tested without a new line here."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -18,20 +16,16 @@ SMALL = {"CODAPrompt": (7, 4, 0.1)}
 NAME = re.compile(r"[eg]_[pka]_\d+")
 
 
-def build(name: str, depth: int = 12, seed: int = 0) -> PromptPool:
+def build(name: str, depth: int = 12) -> PromptPool:
     entry = PROMPTS[name]
     keywords, problems = entry.parse(SMALL.get(name, entry.paper), TASKS)
     assert problems == []
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     return entry.load()(dims=PromptDims(query_dim=12, embed_dim=16, depth=depth, num_tasks=TASKS), **keywords)
 
 
-def query(batch: int = BATCH, seed: int = 1) -> torch.Tensor:
-    return torch.randn(batch, 12, generator=torch.Generator().manual_seed(seed))
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def query() -> torch.Tensor:
+    return torch.randn(BATCH, 12, generator=torch.Generator().manual_seed(1))
 
 
 def tensors_of(layers: list[LayerPrompt]) -> list[torch.Tensor]:
@@ -76,7 +70,7 @@ def test_begin_task_changes_parameters_in_place(name):
     pool = build(name)
     before = {key: (id(value), value.data_ptr()) for key, value in pool.named_parameters()}
     for task in range(1, TASKS):
-        pool.begin_task(task, generator(task + 10))
+        pool.begin_task(task, torch.Generator().manual_seed(task))
         assert pool.task == task
     assert before == {key: (id(value), value.data_ptr()) for key, value in pool.named_parameters()}
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in pool.parameters())
@@ -85,10 +79,9 @@ def test_begin_task_changes_parameters_in_place(name):
 @pytest.mark.parametrize("name", PROMPTS)
 def test_begin_task_depends_on_the_generator_alone(name):
     first, second = build(name), build(name)
-    torch.manual_seed(5)
-    first.begin_task(1, generator(3))
-    torch.manual_seed(6)
-    second.begin_task(1, generator(3))
+    for seed, pool in enumerate((first, second)):
+        torch.manual_seed(seed)
+        pool.begin_task(1, torch.Generator().manual_seed(3))
     assert all(torch.equal(x, second.state_dict()[key]) for key, x in first.state_dict().items())
 
 
@@ -102,22 +95,11 @@ def test_images_do_not_influence_each_other(name):
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_the_loss_is_a_mean_over_images(name):
-    """The loss of a batch is the mean of those of its halves, so that devices may share a batch."""
-    pool = build(name).train().double()
-    asked = query().double()
-    halves = [pool(half)[1] for half in asked.chunk(2)]
-    torch.testing.assert_close(pool(asked)[1], sum(halves) / 2, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", PROMPTS)
 def test_usage_counts_entries_per_block(name):
     pool = build(name).eval()
     usage = pool.usage(query())
     assert usage and all(re.fullmatch(r"block \d+", layer) for layer in usage)
-    for counts in usage.values():
-        assert counts.dim() == 1 and counts.isfinite().all()
-        halves = [pool.usage(half) for half in query().chunk(2)]
-        assert halves[0].keys() == usage.keys()
+    halves = [pool.usage(half) for half in query().chunk(2)]
     for layer, counts in usage.items():
+        assert counts.dim() == 1 and counts.isfinite().all()
         torch.testing.assert_close(counts, sum(half[layer] for half in halves))

@@ -1,7 +1,5 @@
 """DualPrompt by hand."""
 
-from __future__ import annotations
-
 import torch
 
 from models.prompts.base import PromptDims

@@ -1,7 +1,5 @@
 """L2P by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
