@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tests import runs
-from utils import checkpoint
 from utils.checkpoint import (
     LOCK,
     PREVIOUS_STATE,
@@ -98,6 +97,6 @@ def test_the_current_folder_is_not_moved(tmp_path, monkeypatch):
 
 
 def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
-    checkpoint.write_beside(tmp_path / "classes.json", b"half")
+    (tmp_path / ".classes.json.unfinished").touch()
     with open_run(Config(log_dir=tmp_path)):
         assert [path.name for path in tmp_path.iterdir()] == [LOCK]

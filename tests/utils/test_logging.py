@@ -5,6 +5,7 @@ import sys
 import pytest
 
 import utils.logging as cdl_logging
+from tests.processes import ROOT
 from utils.logging import Progress, environment, peak_memory_mb, setup_logging
 
 log = logging.getLogger("run")
@@ -42,7 +43,7 @@ def test_a_closed_pipe_and_a_full_disk_end_no_run():
     script = "import logging; from utils.logging import setup_logging; setup_logging('/dev/full')\n"
     script += "for _ in range(9): logging.getLogger('run').info('x' * 100_000)\n"
     command = f'{sys.executable} -c "$0" | head -c 10; exit ${{PIPESTATUS[0]}}'
-    result = subprocess.run(["bash", "-c", command, script], capture_output=True, text=True, cwd=cdl_logging.PROJECT)
+    result = subprocess.run(["bash", "-c", command, script], capture_output=True, text=True, cwd=ROOT)
     assert (result.returncode, result.stdout, result.stderr) == (0, "x" * 10, "")
 
 
