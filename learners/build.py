@@ -24,7 +24,7 @@ from models.cdl_checkpoint import CheckpointError, fit_checkpoint, load_checkpoi
 from models.prompted_model import PromptedModel
 from models.prompts import PROMPTS
 from models.prompts.base import PromptDims
-from models.vit import PromptedViT, UnsupportedBackboneError
+from models.vit import PromptedViT
 from utils.config import Config, ConfigError
 from utils.parallel import Parallel
 from utils.seed import seeded
@@ -70,7 +70,7 @@ def build_run(config: Config, parallel: Parallel, resumed_dir: Path | None = Non
         for role in learner.roles if config.init_from is not None else ():
             state = load_checkpoint(config.init_from, role)
             learner.load_state(role, fit_checkpoint(state, learner.state(role), config.init_from))
-    except (DataError, BackboneError, CheckpointError, UnsupportedBackboneError) as error:
+    except (DataError, BackboneError, CheckpointError) as error:
         raise ConfigError([str(error)]) from error
     return Run(parallel, stream, data, learner, backbones, num_tasks)
 
@@ -80,13 +80,10 @@ def load_backbones(config: Config) -> dict[str, Backbone]:
     wanted = {"student": (config.student_model, config.student_weights)}
     if DISTILLERS[config.distill.method].needs_teacher:
         wanted = {"teacher": (config.teacher_model, config.teacher_weights)} | wanted
-    loaded: dict[tuple, Backbone] = {}
-    for name, weights in wanted.values():
-        if (name, weights) not in loaded:
-            backbone = load_backbone(name, weights=weights)
-            if config.precision in REDUCED:
-                backbone.vit.reduce_precision(REDUCED[config.precision])
-            loaded[name, weights] = backbone
+    loaded = {key: load_backbone(key[0], weights=key[1]) for key in dict.fromkeys(wanted.values())}
+    if config.precision in REDUCED:
+        for backbone in loaded.values():
+            backbone.vit.reduce_precision(REDUCED[config.precision])
     return {role: loaded[key] for role, key in wanted.items()}
 
 
