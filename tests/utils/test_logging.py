@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import utils.logging as cdl_logging
-from utils.logging import Progress, environment, peak_memory_mb, setup_logging
+from utils.logging import Progress, environment, open_tensorboard, peak_memory_mb, setup_logging
 
 log = logging.getLogger("run")
 
@@ -27,6 +27,12 @@ def test_console_and_file(output, tmp_path, capsys):
     logging.getLogger("some.other.package").info("noise")
     assert capsys.readouterr().out == "hello\nWARNING: mind this\nfrom a module\n"
     assert output() == ["hello", "only for the file", "WARNING: mind this", "from a module"]
+
+
+def test_missing_tensorboard_is_a_clear_error(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="--tensorboard needs the package tensorboard"):
+        open_tensorboard(tmp_path)
 
 
 def test_other_processes_of_a_distributed_run_only_warn(tmp_path, capsys):
