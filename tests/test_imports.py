@@ -96,12 +96,3 @@ def test_names_of_the_tables_stand_nowhere_else(table, name):
         # A method may build on another one, whose class it imports.
         siblings = Path(place).parent == Path(own).parent
         assert [word for word in found if not (siblings and word == class_name)] == [], place
-
-
-def test_functions_print_nothing():
-    """What a run says goes through the log."""
-    for path in MODULES:
-        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-        prints = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
-        main = path.name in ("__main__.py", "build.py")
-        assert main or not prints, name_of(path)

@@ -63,21 +63,13 @@ def test_nothing_is_said_about_values_that_were_wrong_already():
     assert check.check(wrong, {"first_split_size", "gpuid"}) == []
 
 
-@pytest.mark.parametrize(
-    ("count", "gpuid", "words"),
-    [
-        (1, (0, 1), "no GPU 1 here, only GPU 0"),
-        (2, (1, 2, 3), "no GPU 2 3 here, only GPUs 0 to 1"),
-        (2, (0, 1), None),
-        (None, (7,), None),
-        (0, (-1,), None),
-        (0, None, None),
-    ],
-)
-def test_gpus(monkeypatch, count, gpuid, words):
-    monkeypatch.setattr(check, "cuda_devices", lambda: count)
-    problems = problems_of(gpuid=gpuid, batch_size=6)
-    assert (len(problems), words or "") == (0, "") or words in problems[0]
+def test_gpus(monkeypatch):
+    cases = [(1, (0, 1), "no GPU 1 here, only GPU 0"), (2, (1, 2, 3), "no GPU 2 3 here, only GPUs 0 to 1")]
+    cases += [(2, (0, 1), None), (None, (7,), None), (0, (-1,), None), (0, None, None)]
+    for count, gpuid, words in cases:
+        monkeypatch.setattr(check, "cuda_devices", lambda count=count: count)
+        problems = problems_of(gpuid=gpuid, batch_size=6)
+        assert (problems == []) if words is None else (words in problems[0])
 
 
 def test_batch_divides_over_gpus_processes_and_parts(monkeypatch):

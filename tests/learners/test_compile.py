@@ -14,8 +14,9 @@ from tests.learners.small import batch_of, classes_of
 @pytest.fixture(autouse=True)
 def as_in_a_new_process():
     torch.compiler.reset()
-    with torch._dynamo.config.patch():  # restores what a step compiler sets
-        yield
+    limits = ("cache_size_limit", "accumulated_cache_size_limit")
+    with torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) for name in limits}):
+        yield  # and restore what a step compiler has set
     torch.compiler.reset()
 
 

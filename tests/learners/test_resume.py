@@ -162,24 +162,16 @@ class TestDamage:
         assert "resuming from the state before it" in (interrupted / "output.log").read_text()
         assert runs.results(interrupted) == reference
 
-    @pytest.mark.parametrize(
-        ("names", "lost"),
-        [
-            ((STATE, PREVIOUS_STATE), False),
-            (("models/task-1/T_class.pth",), False),
-            (("models/task-1/S_class.pth",), True),
-            (("args.yaml",), False),
-            (("args.yaml",), True),
-            (("classes.json",), False),
-        ],
-    )
-    def test_refused_and_nothing_changed(self, names, lost, interrupted, config, capsys):
-        for name in names:
-            path = interrupted / name
-            path.unlink() if lost else path.write_bytes(path.read_bytes()[:-3])
+    @pytest.mark.parametrize("name", ["models/task-1/T_class.pth", "args.yaml", "classes.json", STATE])
+    @pytest.mark.parametrize("lost", [False, True])
+    def test_refused_and_nothing_changed(self, name, lost, interrupted, config, capsys):
+        if name == STATE:
+            (interrupted / PREVIOUS_STATE).write_bytes(b"damaged")
+        path = interrupted / name
+        path.unlink() if lost else path.write_bytes(path.read_bytes()[:-3])
         before = runs.snapshot(interrupted)
         assert run.main(runs.arguments(config, interrupted)) == 2
         error = capsys.readouterr().err
         assert error.startswith("run.py: error: ") and error.count("\n") == 1
-        assert names[0] in error
+        assert (PREVIOUS_STATE if lost and name == STATE else name) in error
         assert {**runs.snapshot(interrupted), "output.log": b""} == {**before, "output.log": b""}

@@ -133,5 +133,8 @@ def test_help_names_every_flag_with_range_default_and_paper():
 
 
 def test_nothing_heavy_is_imported():
-    done = runs.python("import sys, learners.check as c; c.print_help(); sys.exit('torch' in sys.modules)")
-    assert done.returncode == 0 and "DualPrompt" in done.stdout
+    """The help and a configuration that cannot run do not wait for torch and timm."""
+    wrong = ["--config", "configs/cifar-100_prompt.yaml", "--log_dir", "unused", "--kd_alpha", "2"]
+    script = f"import sys, run; assert run.main(['--help']) == 0 and run.main({wrong}) == 2"
+    done = runs.python(f"{script}; sys.exit(bool({{'torch', 'torchvision', 'timm'}} & set(sys.modules)))")
+    assert done.returncode == 0 and "DualPrompt" in done.stdout and "--kd_alpha" in done.stderr

@@ -62,12 +62,6 @@ def test_usage_is_a_share_or_a_weight(row, label):
     assert plots._prompt_usage(metrics).axes[-1].get_ylabel() == label
 
 
-def test_matrix_shows_the_accuracies():
-    metrics = metrics_of(3, done=2, teacher=False)
-    texts = [text.get_text() for text in plots._matrices(metrics).axes[0].texts]
-    assert texts == [f"{value:.0f}" for row in metrics["student"]["accuracy_matrix"] for value in row]
-
-
 @pytest.mark.parametrize(
     "tasks, runs, mean",
     [

@@ -17,12 +17,6 @@ def build(pool: int = 3) -> DualPrompt:
     return built
 
 
-def test_general_prompts_are_the_same_for_every_image():
-    layers = build()(torch.randn(5, 2)).layers
-    assert [layer.prefix.key.shape for layer in layers[:2]] == [(1, 2, 4)] * 2
-    assert [layer.prefix is not None for layer in layers] == [True] * 5 + [False]
-
-
 def test_training_uses_the_entry_of_the_task():
     pool = build().train()
     pool.task = 1
