@@ -181,7 +181,9 @@ def _locked(root: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # the folder may have moved aside
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    path.unlink()
 
 
 def _move_aside(root: Path) -> None:
