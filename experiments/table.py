@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from learners.check import load_checked_config
-from utils.checkpoint import check_settings, is_finished
+from utils.checkpoint import RunFolderError, check_settings, is_finished
 from utils.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,8 +91,8 @@ def check(runs: dict[Path, list[str]]) -> dict[Path, list[str]]:
                 print(f"{folder}: finished before")
             else:
                 unfinished[folder] = flags
-        except ConfigError as error:
-            problems = {**dict.fromkeys(error.problems, folder), **problems}
+        except (ConfigError, RunFolderError) as error:
+            problems = {**dict.fromkeys(getattr(error, "problems", [str(error)]), folder), **problems}
     for problem, folder in problems.items():
         print(f"table.sh: {folder}: {problem}", file=sys.stderr)
     if problems:
