@@ -20,10 +20,6 @@ def check_stream(stream: TaskStream, dataset: str, *, progress: bool = True) -> 
         ``train`` and ``test``, numbers of images; ``tasks``, for each ``train``, ``test`` and ``classes``
         (names in label order); ``bad``, missing or damaged images relative to dataroot, sorted.
     """
-    tasks = [
-        {"train": stream.train_size(task), "test": stream.test_size(task), "classes": stream.task_names(task)}
-        for task in range(len(stream))
-    ]
     images = [(part, index) for part in (stream.train_images, stream.test_images) for index in part.used.tolist()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding Python's lock
         bad = pool.map(_bad_name, images)
@@ -34,7 +30,10 @@ def check_stream(stream: TaskStream, dataset: str, *, progress: bool = True) -> 
         "split": stream.split,
         "train": len(stream.train_images.used),
         "test": len(stream.test_images.used),
-        "tasks": tasks,
+        "tasks": [
+            {"train": stream.train_size(task), "test": stream.test_size(task), "classes": stream.task_names(task)}
+            for task in range(len(stream))
+        ],
         "bad": sorted(names - {None}),
     }
 

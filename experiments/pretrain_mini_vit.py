@@ -57,10 +57,6 @@ class Data(NamedTuple):
     images: Tensor
     labels: Tensor
 
-    @property
-    def num_classes(self) -> int:
-        return int(self.labels.max()) + 1
-
 
 def load_base(path: Path) -> tuple[Data, Data, Data]:
     """Read base.npz: training data, and train and test parts of the held-out base classes.
@@ -155,7 +151,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 class Pretrainer(nn.Module):
-    """The backbone with what only its pre-training needs: feature BatchNorm and a cosine classifier."""
+    """The backbone with feature BatchNorm and a cosine classifier, for pre-training only."""
 
     def __init__(self, name: str, num_classes: int):
         super().__init__()
@@ -214,7 +210,7 @@ def nearest_mean(train: Data, test: Data) -> float:
     """Accuracy (%) of the nearest class mean by cosine, features [n, D] centred on the training mean."""
     centre = train.images.mean(0)
     features, queries = (F.normalize(part.images - centre, dim=1) for part in (train, test))
-    means = torch.stack([features[train.labels == label].mean(0) for label in range(train.num_classes)])
+    means = torch.stack([features[train.labels == label].mean(0) for label in range(train.labels.max() + 1)])
     guess = (queries @ F.normalize(means, dim=1).T).argmax(1)
     return 100 * (guess == test.labels).float().mean().item()
 
@@ -224,7 +220,7 @@ def linear_probe(train: Data, test: Data) -> float:
     centre, spread = train.images.mean(0), train.images.std(0) + 1e-5
     features, queries = ((part.images - centre) / spread for part in (train, test))
     torch.manual_seed(0)
-    probe = nn.Linear(features.shape[1], train.num_classes)
+    probe = nn.Linear(features.shape[1], int(train.labels.max()) + 1)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=5e-3, weight_decay=0.05)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
     for _ in range(300):
@@ -261,10 +257,9 @@ def export(name: str, state: dict[str, Tensor], path: Path, images: Tensor | Non
 
 def train_epoch(model: Pretrainer, optimizer: torch.optim.Optimizer, data: Data, epoch: int, args) -> tuple:
     """Train one epoch; return mean loss and accuracy (%)."""
-    # Seeded by epoch, so that a resumed run draws the same numbers as an uninterrupted one.
-    torch.manual_seed(args.seed * 100_003 + epoch)
+    torch.manual_seed(args.seed * 100_003 + epoch)  # a resumed run draws the same numbers as an uninterrupted one
     model.train()
-    sampler, losses, accuracies = PairSampler(data.labels), [], []
+    sampler, results = PairSampler(data.labels), []
     for batch, rows in enumerate(sampler):
         factor = schedule(epoch * sampler.steps + batch, args.epochs * sampler.steps)
         for group in optimizer.param_groups:
@@ -274,9 +269,8 @@ def train_epoch(model: Pretrainer, optimizer: torch.optim.Optimizer, data: Data,
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
-        accuracies.append(accuracy.item())
-    return sum(losses) / len(losses), 100 * sum(accuracies) / len(accuracies)
+        results.append([loss.item(), 100 * accuracy.item()])
+    return tuple(np.mean(results, axis=0))
 
 
 def train(args) -> None:
@@ -285,7 +279,7 @@ def train(args) -> None:
     path = args.out / "checkpoint.pt"
     data, held_train, held_test = load_base(args.base)
     torch.manual_seed(args.seed)
-    model = Pretrainer(args.model, data.num_classes)
+    model = Pretrainer(args.model, num_classes := int(data.labels.max()) + 1)
     optimizer = make_optimizer(model, args.lr)
     first, seconds = 0, 0.0
     if path.exists() or args.init:
@@ -295,7 +289,7 @@ def train(args) -> None:
         if path.exists():
             optimizer.load_state_dict(saved["optimizer"])
             first = saved["epoch"]
-    LOG.info("%s: %d classes, from epoch %d of %d", args.model, data.num_classes, first, args.epochs)
+    LOG.info("%s: %d classes, from epoch %d of %d", args.model, num_classes, first, args.epochs)
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
         loss, accuracy = train_epoch(model, optimizer, data, epoch, args)
