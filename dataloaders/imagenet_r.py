@@ -78,7 +78,7 @@ class ImageNetR(WordNetFolders):
 
     def _draw(self) -> None:
         """Split by the seed, and list the split as the authors' files do."""
-        self.split_by_seed()
+        super().find()
         for name, files in ((TRAIN_FILE, self.train), (TEST_FILE, self.test)):
             content = {"data": [f"data/{path}" for path, _ in files], "targets": [label for _, label in files]}
             self.drawn_split[name] = yaml.dump(content, Dumper=_Dumper).encode()

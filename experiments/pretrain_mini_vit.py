@@ -18,13 +18,10 @@ Shapes: B batch, D width.
 """
 
 import argparse
-import io
-import json
 import logging
 import math
 import os
 import time
-import zipfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,14 +29,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dataloaders.emoji_r import EmojiR
 from models.mini_vit import fold_batchnorm, mini_vit_base, mini_vit_small, weights_path
+from utils.config import DataConfig
 
 LOG = logging.getLogger("pretrain")
-NOVEL = Path(__file__).resolve().parents[1] / "dataloaders" / "data" / "emoji_r"
 MODELS = {"mini_vit_base": mini_vit_base, "mini_vit_small": mini_vit_small}
 LEARNING_RATES = {"mini_vit_base": 5e-4, "mini_vit_small": 1.5e-3}
 PAIRS = 64  # classes in a batch, two renditions of each
@@ -82,12 +79,9 @@ def load_base(path: Path) -> tuple[Data, Data, Data]:
 
 def load_novel(split: str) -> Data:
     """The novel classes' images in [0, 1], float [n, 3, 64, 64], of ``"train"`` or ``"test"``."""
-    index = json.loads((NOVEL / "index.json").read_text(encoding="utf-8"))
-    rows = [row for row in index["images"] if row["split"] == split]
-    with zipfile.ZipFile(NOVEL / "images.zip") as archive:
-        images = np.stack([np.asarray(Image.open(io.BytesIO(archive.read(row["file"])))) for row in rows])
-    labels = torch.tensor([row["label"] for row in rows])
-    return Data(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, labels)
+    store, labels = EmojiR(DataConfig(), seed=0).load(split == "train")
+    images = torch.from_numpy(np.stack([np.asarray(store.open(index)) for index in range(len(store))]))
+    return Data(images.permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels))
 
 
 def on_white(images: Tensor) -> Tensor:
