@@ -168,11 +168,7 @@ class DataSource(ABC):
 
 
 def read_image(file: str | Path | Any, name: str | Path | None = None) -> Image.Image:
-    """An image file (path or binary file object) as upright RGB.
-
-    Raises:
-        BadImageError: it is missing, empty or damaged; the message calls it ``name``, by default its path.
-    """
+    """An image file (path or binary file object) as upright RGB; BadImageError calls it ``name`` or its path."""
     try:
         with Image.open(file) as image:
             image.load()
@@ -207,12 +203,9 @@ def _from_integers(image: Image.Image) -> Image.Image:
 
 
 def seeded_split(labels: np.ndarray, fraction: float, rng: np.random.RandomState) -> np.ndarray:
-    """Choose round(fraction * n) images of labels int [n] at random, the same share of every class.
+    """Choose round(fraction * n) images of labels int [n] at random (bool [n]), the same share of every class.
 
     Shares that are not whole are rounded so that the total is exact; at least one image of a class is not chosen.
-
-    Returns:
-        bool [n], True for the images chosen.
     """
     chosen = np.zeros(len(labels), dtype=bool)
     classes, counts = np.unique(labels, return_counts=True)

@@ -12,29 +12,28 @@ from dataloaders.base import BadImageError, ImageSubset
 from dataloaders.tasks import TaskStream
 
 
-def check_stream(stream: TaskStream, dataset: str, *, progress: bool = True) -> dict[str, Any]:
-    """Read every image that a run would use, with a progress bar on a terminal unless ``progress`` is False.
+def check_stream(stream: TaskStream, dataset: str) -> dict[str, Any]:
+    """Read every image that a run would use, with a progress bar on a terminal.
 
     Returns:
         ``dataset``; ``num_classes``; ``split`` (``authors``, ``official``, ``seeded`` or ``folder``);
         ``train`` and ``test``, numbers of images; ``tasks``, for each ``train``, ``test`` and ``classes``
         (names in label order); ``bad``, missing or damaged images relative to dataroot, sorted.
     """
-    tasks = [
-        {"train": stream.train_size(task), "test": stream.test_size(task), "classes": stream.task_names(task)}
-        for task in range(len(stream))
-    ]
     images = [(part, index) for part in (stream.train_images, stream.test_images) for index in part.used.tolist()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding Python's lock
         bad = pool.map(_bad_name, images)
-        names = set(tqdm(bad, "reading images", len(images), unit="image", disable=not progress or None, leave=False))
+        names = set(tqdm(bad, "reading images", len(images), unit="image", disable=None, leave=False))
     return {
         "dataset": dataset,
         "num_classes": stream.num_classes,
         "split": stream.split,
         "train": len(stream.train_images.used),
         "test": len(stream.test_images.used),
-        "tasks": tasks,
+        "tasks": [
+            {"train": stream.train_size(task), "test": stream.test_size(task), "classes": stream.task_names(task)}
+            for task in range(len(stream))
+        ],
         "bad": sorted(names - {None}),
     }
 

@@ -17,10 +17,10 @@ DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 class DomainNet(FileSource):
     """600,000 images of 345 classes in ``dataroot/domainnet/<domain>/<class>`` (or in ``dataroot`` itself).
 
-    The domains that exist are put together; a task holds its classes in all of them. The official lists
-    ``<domain>_train.txt`` and ``<domain>_test.txt`` (lines ``<domain>/<class>/<file> <label>``) are used when
-    every domain has both beside its folder, and fix the class numbers. Otherwise classes are numbered by name
-    and a fifth of each class and domain, drawn with the seed, is for testing.
+    A task holds its classes in all domains that exist. The official lists ``<domain>_train.txt`` and
+    ``<domain>_test.txt`` (lines ``<domain>/<class>/<file> <label>``) are used when every domain has both beside its
+    folder, and fix the class numbers. Otherwise classes are numbered by name and a fifth of each class and domain,
+    drawn with the seed, is for testing.
     """
 
     name = "DomainNet"

@@ -18,11 +18,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders (and links to folders) in ``folder``, sorted and without hidden ones.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Sorted names of the folders in ``folder`` without hidden ones; DataError if it cannot be read."""
     try:
         return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:

@@ -67,11 +67,7 @@ def _parts(root: Path) -> tuple[str, str | None]:
 
 
 def _class_names(root: Path) -> list[str]:
-    """The classes in label order.
-
-    Raises:
-        DataError: a folder cannot be read; ``classes.txt`` names one twice, or one that holds no image.
-    """
+    """The classes in label order; DataError if ``classes.txt`` names one twice, or one that holds no image."""
     folder = root / _parts(root)[0]
     with_images = [name for name in subfolders(folder) if any(find_images(folder, name))]
     listing = root / "classes.txt"

@@ -15,7 +15,7 @@ class WordNetFolders(FileSource):
     example: ClassVar[str]
     num_classes = 200
 
-    def split_by_seed(self) -> None:
+    def find(self) -> None:
         """Draw a fifth of each class with the seed for testing; classes are numbered by name."""
         self.split = "seeded"
         self.class_names = subfolders(self.root / self.folder)
@@ -41,6 +41,3 @@ class ImageNetA(WordNetFolders):
     url = "https://people.eecs.berkeley.edu/~hendrycks/imagenet-a.tar"
     folder = "imagenet-a"
     example = "n01498041"
-
-    def find(self) -> None:
-        self.split_by_seed()

@@ -29,10 +29,9 @@ _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 class ImageNetR(WordNetFolders):
     """30,000 renditions (art, cartoons, toys ...) of 200 ImageNet classes.
 
-    The authors' two split files also fix the class numbers, a shuffle of the wnids, and so which classes form
-    which task. They are taken from ``dataloaders/splits``, else from ``dataroot``, else downloaded into it. If
-    none of that works, a split is drawn with the seed. The run keeps it in its log_dir, so that its resume
-    does not change over to the authors' split.
+    The authors' two split files also fix the class numbers, a shuffle of the wnids, and so which classes form which
+    task. They are taken from ``dataloaders/splits``, else from ``dataroot``, else downloaded into it. If none of that
+    works, a split is drawn with the seed, and kept in log_dir for resumes.
     """
 
     name = "ImageNet_R"
@@ -79,17 +78,14 @@ class ImageNetR(WordNetFolders):
 
     def _draw(self) -> None:
         """Split by the seed, and list the split as the authors' files do."""
-        self.split_by_seed()
+        super().find()
         for name, files in ((TRAIN_FILE, self.train), (TEST_FILE, self.test)):
             content = {"data": [f"data/{path}" for path, _ in files], "targets": [label for _, label in files]}
             self.drawn_split[name] = yaml.dump(content, Dumper=_Dumper).encode()
 
 
 def _read_split(file: Path) -> FileList:
-    """The images in a split file; a damaged one is a :class:`DataError`.
-
-    It holds ``data``, a list of ``data/imagenet-r/<wnid>/<file>``, and ``targets``, the class of each.
-    """
+    """Read ``data``, a list of ``data/imagenet-r/<wnid>/<file>``, and ``targets``; DataError for a damaged file."""
     try:
         content = yaml.load(file.read_bytes(), Loader=_Loader)
         paths = [checked_path(path.removeprefix("data/")) for path in content["data"]]  # "data" is dataroot

@@ -48,10 +48,7 @@ class StreamDataset(Dataset):
         self._size = stream.image_size
 
     def __getitem__(self, request: BatchRequest) -> Batch | BadImageError:
-        """uint8 [b, 3, H, W] and int64 [b], or the error that an image caused.
-
-        An error is returned rather than raised because the loader would bury its sentence under a traceback.
-        """
+        """uint8 [b, 3, H, W] and int64 [b], or the error of an image: raised, the loader would add a traceback."""
         images = self._train if request.train else self._test
         transform = self._test_transform if request.seeds is None else self._train_transform
         pixels = np.empty((len(request.indices), 3, self._size, self._size), dtype=np.uint8)
@@ -189,10 +186,9 @@ class DataPipeline:
 
 
 def _handle_signals(closing: Event, worker: int) -> None:
-    """Let a worker ignore SIGINT and SIGTERM until the pipeline is ``closing``.
+    """Let a worker ignore SIGINT and SIGTERM, which reach it too, until the pipeline is ``closing``.
 
-    Ctrl-C in a terminal and SIGTERM from a batch system reach the workers too, while the main process, which
-    finishes its step and saves, still needs them.
+    The main process finishes its step and saves first, for which it needs them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)

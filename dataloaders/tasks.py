@@ -31,7 +31,6 @@ class TaskStream:
 
     Args:
         source: the images; its test part is not loaded with ``validation``.
-        config: split into tasks, class order, validation, replay, augmentation.
         seed: of the class order, the validation split and the replay.
         image_size: edge of the model's input in pixels.
 
@@ -130,10 +129,9 @@ class TaskStream:
         return coreset[random_state(self.seed, "replay", task).randint(0, max(len(coreset), 1), size=draws)]
 
     def class_weights(self, task: int) -> np.ndarray:
-        """Weights of the classes in the loss, inverse to their frequency in the task's training set.
+        """Weights in the loss, inverse to the classes' frequency in the task's training set with replay.
 
-        Returns:
-            float32 [num_classes]: mean 1 over the classes that occur (replayed ones included), 1 elsewhere.
+        float32 [num_classes], with mean 1 over the classes that occur, and 1 elsewhere.
         """
         seen = np.concatenate([self.train_indices(task), self.replay(task)])
         counts = np.bincount(self.train_images.labels[seen], minlength=self.num_classes)

@@ -18,13 +18,10 @@ Shapes: B batch, D width.
 """
 
 import argparse
-import io
-import json
 import logging
 import math
 import os
 import time
-import zipfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,14 +29,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dataloaders.emoji_r import EmojiR
 from models.mini_vit import fold_batchnorm, mini_vit_base, mini_vit_small, weights_path
+from utils.config import DataConfig
 
 LOG = logging.getLogger("pretrain")
-NOVEL = Path(__file__).resolve().parents[1] / "dataloaders" / "data" / "emoji_r"
 MODELS = {"mini_vit_base": mini_vit_base, "mini_vit_small": mini_vit_small}
 LEARNING_RATES = {"mini_vit_base": 5e-4, "mini_vit_small": 1.5e-3}
 PAIRS = 64  # classes in a batch, two renditions of each
@@ -56,10 +53,6 @@ class Data(NamedTuple):
 
     images: Tensor
     labels: Tensor
-
-    @property
-    def num_classes(self) -> int:
-        return int(self.labels.max()) + 1
 
 
 def load_base(path: Path) -> tuple[Data, Data, Data]:
@@ -86,12 +79,9 @@ def load_base(path: Path) -> tuple[Data, Data, Data]:
 
 def load_novel(split: str) -> Data:
     """The novel classes' images in [0, 1], float [n, 3, 64, 64], of ``"train"`` or ``"test"``."""
-    index = json.loads((NOVEL / "index.json").read_text(encoding="utf-8"))
-    rows = [row for row in index["images"] if row["split"] == split]
-    with zipfile.ZipFile(NOVEL / "images.zip") as archive:
-        images = np.stack([np.asarray(Image.open(io.BytesIO(archive.read(row["file"])))) for row in rows])
-    labels = torch.tensor([row["label"] for row in rows])
-    return Data(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, labels)
+    store, labels = EmojiR(DataConfig(), seed=0).load(split == "train")
+    images = torch.from_numpy(np.stack([np.asarray(store.open(index)) for index in range(len(store))]))
+    return Data(images.permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels))
 
 
 def on_white(images: Tensor) -> Tensor:
@@ -155,7 +145,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 class Pretrainer(nn.Module):
-    """The backbone with what only its pre-training needs: feature BatchNorm and a cosine classifier."""
+    """The backbone with feature BatchNorm and a cosine classifier, for pre-training only."""
 
     def __init__(self, name: str, num_classes: int):
         super().__init__()
@@ -214,7 +204,7 @@ def nearest_mean(train: Data, test: Data) -> float:
     """Accuracy (%) of the nearest class mean by cosine, features [n, D] centred on the training mean."""
     centre = train.images.mean(0)
     features, queries = (F.normalize(part.images - centre, dim=1) for part in (train, test))
-    means = torch.stack([features[train.labels == label].mean(0) for label in range(train.num_classes)])
+    means = torch.stack([features[train.labels == label].mean(0) for label in range(train.labels.max() + 1)])
     guess = (queries @ F.normalize(means, dim=1).T).argmax(1)
     return 100 * (guess == test.labels).float().mean().item()
 
@@ -224,7 +214,7 @@ def linear_probe(train: Data, test: Data) -> float:
     centre, spread = train.images.mean(0), train.images.std(0) + 1e-5
     features, queries = ((part.images - centre) / spread for part in (train, test))
     torch.manual_seed(0)
-    probe = nn.Linear(features.shape[1], train.num_classes)
+    probe = nn.Linear(features.shape[1], int(train.labels.max()) + 1)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=5e-3, weight_decay=0.05)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
     for _ in range(300):
@@ -261,10 +251,9 @@ def export(name: str, state: dict[str, Tensor], path: Path, images: Tensor | Non
 
 def train_epoch(model: Pretrainer, optimizer: torch.optim.Optimizer, data: Data, epoch: int, args) -> tuple:
     """Train one epoch; return mean loss and accuracy (%)."""
-    # Seeded by epoch, so that a resumed run draws the same numbers as an uninterrupted one.
-    torch.manual_seed(args.seed * 100_003 + epoch)
+    torch.manual_seed(args.seed * 100_003 + epoch)  # a resumed run draws the same numbers as an uninterrupted one
     model.train()
-    sampler, losses, accuracies = PairSampler(data.labels), [], []
+    sampler, results = PairSampler(data.labels), []
     for batch, rows in enumerate(sampler):
         factor = schedule(epoch * sampler.steps + batch, args.epochs * sampler.steps)
         for group in optimizer.param_groups:
@@ -274,9 +263,8 @@ def train_epoch(model: Pretrainer, optimizer: torch.optim.Optimizer, data: Data,
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
-        accuracies.append(accuracy.item())
-    return sum(losses) / len(losses), 100 * sum(accuracies) / len(accuracies)
+        results.append([loss.item(), 100 * accuracy.item()])
+    return tuple(np.mean(results, axis=0))
 
 
 def train(args) -> None:
@@ -285,7 +273,7 @@ def train(args) -> None:
     path = args.out / "checkpoint.pt"
     data, held_train, held_test = load_base(args.base)
     torch.manual_seed(args.seed)
-    model = Pretrainer(args.model, data.num_classes)
+    model = Pretrainer(args.model, num_classes := int(data.labels.max()) + 1)
     optimizer = make_optimizer(model, args.lr)
     first, seconds = 0, 0.0
     if path.exists() or args.init:
@@ -295,7 +283,7 @@ def train(args) -> None:
         if path.exists():
             optimizer.load_state_dict(saved["optimizer"])
             first = saved["epoch"]
-    LOG.info("%s: %d classes, from epoch %d of %d", args.model, data.num_classes, first, args.epochs)
+    LOG.info("%s: %d classes, from epoch %d of %d", args.model, num_classes, first, args.epochs)
     for epoch in range(first, args.epochs):
         start = time.perf_counter()
         loss, accuracy = train_epoch(model, optimizer, data, epoch, args)

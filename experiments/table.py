@@ -28,6 +28,7 @@ PAIRS = {
     "large-base": "--t_model vit_large_patch16_224 --s_model vit_base_patch16_224 --batch_size 32",
     "mini": "--t_model mini_vit_base --s_model mini_vit_small",
 }
+# What to use instead -> flags of run.py that the table sets for each run, or that train nothing.
 REFUSED = {
     "--learners": ["--learner_type", "--learner_name", "--prompt_param"],
     "--kd": ["--KD_method", "--kd_prompt_param", "--teacher_from"],
@@ -37,7 +38,6 @@ REFUSED = {
     "DATASET": ["--config", "--dataset"],
     "run.py itself": ["--check_data", "--eval_only", "--export", "--predict"],
 }
-"""What to use instead -> flags of ``run.py`` that the table sets for each run, or that train nothing."""
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -109,7 +109,7 @@ def shared_teacher(folder: Path) -> list[str]:
 
 
 def execute(folder: Path, flags: list[str], quiet: bool) -> bool:
-    """Execute one run, print how it ended, and return whether it was successful."""
+    """Execute one run, print how it ended, and return whether it succeeded."""
     command = [sys.executable, "-u", str(ROOT / "run.py"), *flags, *shared_teacher(folder)]
     code = subprocess.run(command, stdout=subprocess.DEVNULL if quiet else None, check=False).returncode
     if code == 0:
@@ -123,8 +123,7 @@ def execute(folder: Path, flags: list[str], quiet: bool) -> bool:
 def main(argv: list[str]) -> int:
     """Run the table of a command line; return the exit code."""
     options, more = parse(argv)
-    quiet = options.jobs > 1
-    if quiet:  # several runs with progress bars, or with a thread for every core each, disturb one another
+    if quiet := options.jobs > 1:  # runs with progress bars, or with a thread for every core, disturb one another
         more.append("--no_progress")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     runs = check(list_runs(options, more))

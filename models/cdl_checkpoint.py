@@ -27,14 +27,9 @@ class CheckpointError(ValueError):
 
 
 def find_checkpoint(path: Path, role: str) -> Path:
-    """Find the file of one model.
+    """Find the file of one model (raises CheckpointError if there is none).
 
-    Args:
-        path: the file, its folder, or a folder with ``task-<i>`` or ``models/task-<i>``, of which the last task counts.
-        role: ``"teacher"`` or ``"student"``.
-
-    Raises:
-        CheckpointError: there is no such file.
+    ``path`` is the file, its folder, or a folder with ``task-<i>`` or ``models/task-<i>``, of which the last counts.
     """
     for file in (path, path / FILES[role]):
         if file.is_file():

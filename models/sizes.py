@@ -20,10 +20,7 @@ class ViTSize(NamedTuple):
 
 
 # The backbones whose weights come with the project.
-OWN_MODELS = {
-    "mini_vit_base": ViTSize(192, 6, 3, 64, 16, 17),
-    "mini_vit_small": ViTSize(96, 4, 3, 64, 16, 17),
-}
+OWN_MODELS = {"mini_vit_base": ViTSize(192, 6, 3, 64, 16, 17), "mini_vit_small": ViTSize(96, 4, 3, 64, 16, 17)}
 # The paper's backbones; without a tag their names mean these weights, whatever timm's present default is.
 PAPER_MODELS = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
 PAPER_TAG = "augreg_in21k_ft_in1k"

@@ -98,8 +98,7 @@ class PromptedViT(nn.Module):
     def reduce_precision(self, dtype: torch.dtype) -> PromptedViT:
         """Compute in ``dtype`` (bfloat16 or float16) where autocast does so, in place; outputs stay float32.
 
-        The weights of linear and convolution layers are cast once. Autocast would cast them in every forward
-        pass, since it caches the casts of weights with gradients only.
+        The weights are cast once. Autocast would do so in every forward pass, as it caches only weights with gradients.
         """
         for module in self.vit.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):

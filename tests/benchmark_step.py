@@ -48,7 +48,7 @@ Batch = tuple[Tensor, Tensor, ClassRange]  # images [B, 3, H, W], labels [B], an
 
 def parser(benchmark: str, description: str) -> argparse.ArgumentParser:
     """The options that the benchmarks of a step share, besides those of ``run.py``."""
-    epilog = "All flags of run.py that concern a step are taken as well, with --batch_size 8 by default."
+    epilog = "All flags of run.py that concern a step are taken as well, with KD_Token and batch size 8 by default."
     prog = f"python -m tests.benchmark {benchmark}"
     parser = argparse.ArgumentParser(prog, description=description, epilog=epilog, allow_abbrev=False)
     parser.add_argument("--num_tasks", type=int, default=10)
@@ -149,7 +149,6 @@ def count_flops(operation: Callable[[], Any]) -> int:
 
 
 def measure(config: Config, num_tasks: int, task: int, repeats: int) -> dict[str, Any]:
-    """The result described at the top."""
     learner, batch, seconds = build(config, num_tasks, task)
     for operation in make_operations(learner, batch).values():
         operation()

@@ -1,7 +1,4 @@
-"""Rules for the values of ``--prompt_param``, which the PROMPTS table puts together; needs no torch.
-
-Each rule turns one number into one keyword of a pool's constructor, or says what is wrong with it.
-"""
+"""Rules for the values of ``--prompt_param``, which the PROMPTS table puts together; needs no torch."""
 
 from __future__ import annotations
 

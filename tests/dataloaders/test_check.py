@@ -14,7 +14,7 @@ def test_the_report_counts_what_a_run_would_use_and_names_bad_images(tmp_path):
     bad = sorted(f"{part}/b/{name}" for name in damaged_files() for part in ("train", "val"))
     for validation in (False, True):
         settings = config(dataset="ImageFolder", dataroot=tmp_path, validation=validation)
-        report = check_stream(build_stream(settings, seed=0, image_size=16), "ImageFolder", progress=False)
+        report = check_stream(build_stream(settings, seed=0, image_size=16), "ImageFolder")
         last_task = {"train": 8, "test": 2} if validation else {"train": 10, "test": 10}
         assert report["tasks"][1] == {**last_task, "classes": ["ç"]}
         assert report["bad"] == [name for name in bad if name.startswith("train") or not validation]

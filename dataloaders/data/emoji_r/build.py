@@ -10,7 +10,7 @@ least 8 renditions, none with a median correlation above 0.8 to another one, and
 of each class, drawn as test pictures. ``--base`` also writes the renditions of all other emoji that look like none of
 them: ``images`` uint8 [n, 64, 64, 4] (straight alpha), ``labels`` int64 [n], ``sets`` [n].
 
-Every step is exact integer or correctly rounded arithmetic, or a pinned wheel's: the pixels are the same everywhere.
+The pixels are made by exact integer arithmetic or by pinned wheels, so they are the same on every machine.
 """
 
 import argparse
@@ -103,11 +103,10 @@ class IconSet:
 
     def svg(self, name: str) -> str:
         icon = {**self.box, **self.icons[name]}
-        return (
-            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{icon["left"]} {icon["top"]} {icon["width"]} {icon["height"]}" width="{RENDER_SIZE}" '
-            f'height="{RENDER_SIZE}" color="#{bytes(INK).hex()}">{icon["body"]}</svg>'
-        )
+        namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        box = f'viewBox="{icon["left"]} {icon["top"]} {icon["width"]} {icon["height"]}"'
+        size = f'width="{RENDER_SIZE}" height="{RENDER_SIZE}"'
+        return f'<svg {namespaces} {box} {size} color="#{bytes(INK).hex()}">{icon["body"]}</svg>'
 
 
 def name_table(catalogue: Catalogue, sets: dict[str, IconSet]) -> dict[str, str]:
@@ -125,12 +124,8 @@ def name_table(catalogue: Catalogue, sets: dict[str, IconSet]) -> dict[str, str]
         for alias, parent in icons.aliases.items():
             if parent in key_of:
                 votes[squash(alias)][key_of[parent]] += 1
-    table = {}
-    for name, counter in votes.items():
-        (best, count), *rest = counter.most_common(2)
-        if not rest or rest[0][1] < count:
-            table[name] = best
-    return table
+    ranked = {name: counter.most_common(2) for name, counter in votes.items()}
+    return {name: best[0][0] for name, best in ranked.items() if len(best) == 1 or best[1][1] < best[0][1]}
 
 
 def match_icons(icons: IconSet, catalogue: Catalogue, names: dict[str, str]) -> dict[str, str]:
@@ -197,25 +192,16 @@ def on_white(rgba: np.ndarray) -> np.ndarray:
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def correlations(images: np.ndarray) -> np.ndarray:
-    """Pearson correlations [n, n] of uint8 images [n, 64, 64, 3], at every second pixel.
-
-    All sums are integers below 2^53, exact in float64 in any order of summation.
-    """
-    pixels = images[:, ::2, ::2].reshape(len(images), -1).astype(np.float64)
-    count, sums = pixels.shape[1], pixels.sum(1)
-    covariance = count * (pixels @ pixels.T) - np.outer(sums, sums)
-    deviation = np.sqrt(np.maximum(np.diag(covariance), 1.0))
-    return covariance / np.outer(deviation, deviation)
-
-
 def median_correlations(keys: list[str], renditions: Renditions) -> np.ndarray:
-    """Median over the shared sets of the correlation of two classes [n, n]; NaN where too few are shared."""
+    """Median over the shared sets of the correlation of two classes [n, n], at every second pixel.
+
+    It is NaN where too few sets are shared.
+    """
     stacked = np.full((len(ICON_SETS) + 1, len(keys), len(keys)), np.nan)
     for layer, name in zip(stacked, [*ICON_SETS, FONT_SET], strict=True):
         present = [i for i, key in enumerate(keys) if name in renditions[key]]
-        images = np.stack([on_white(renditions[keys[i]][name]) for i in present])
-        layer[np.ix_(present, present)] = correlations(images)
+        images = np.stack([on_white(renditions[keys[i]][name])[::2, ::2].ravel() for i in present])
+        layer[np.ix_(present, present)] = np.corrcoef(images)
     stacked[:, (~np.isnan(stacked)).sum(0) < MIN_SHARED_SETS] = np.nan
     return np.nanmedian(stacked, axis=0)
 
