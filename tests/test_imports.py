@@ -82,7 +82,7 @@ def words(tree: ast.AST) -> Iterator[str]:
     ("table", "name"),
     [(table, name) for table in (PROMPTS, DISTILLERS) for name in table if name != "none"],  # an ordinary word, too
     ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_names_of_the_tables_stand_nowhere_else(table, name):
     module, _, class_name = table[name].path.partition(":")
     own = f"{module.replace('.', '/')}.py"
