@@ -1,13 +1,13 @@
 """Pre-train mini_vit_base and mini_vit_small on the base classes of Emoji-R, on one CPU core each.
 
-    python dataloaders/data/emoji_r/build.py --node_modules DIR --out DIR --base base.npz
     python -m experiments.pretrain_mini_vit --base base.npz --model mini_vit_small --epochs 80 --out runs/small
     python -m experiments.pretrain_mini_vit --base base.npz --model mini_vit_base --epochs 44 --out runs/base
     python -m experiments.pretrain_mini_vit --base base.npz --model mini_vit_base --epochs 30 --out runs/base2 \
         --init runs/base/checkpoint.pt
     python -m experiments.pretrain_mini_vit --probe
 
-Run it in the project's root. It writes ``OUT/checkpoint.pt`` after every epoch, from which a killed run resumes, and
+``base.npz`` comes from the builder of the embedded pictures, see ``models/weights/README.md``. Run it in the project's
+root. It writes ``OUT/checkpoint.pt`` after every epoch, from which a killed run resumes, and
 ``OUT/<model>.safetensors``: fp16, BatchNorm folded, for images in [0, 1]. Recipes are judged on 60 base classes that
 are never trained on; ``--probe`` looks at the novel classes, so run it last.
 
@@ -316,7 +316,7 @@ def probe() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", type=Path, help="base.npz of dataloaders/data/emoji_r/build.py")
+    parser.add_argument("--base", type=Path, help="images of the base classes")
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--lr", type=float, help=f"default: {LEARNING_RATES}")

@@ -51,8 +51,6 @@ def test_only_known_packages_are_needed():
     requirements = (ROOT / "requirements.txt").read_text()
     distributions = {"PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "timm"}
     for path in [ROOT / "run.py", *MODULES]:
-        if "dataloaders/data/" in name_of(path):
-            continue  # how shipped data were made, with requirements of its own
         for module in imports(ast.parse(path.read_text())):
             package = module.split(".")[0]
             if package not in (*PACKAGES, "run") and package not in sys.stdlib_module_names:
