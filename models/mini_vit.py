@@ -4,19 +4,17 @@
 :class:`VisionTransformer` with :class:`ConvStem` as ``embed_layer``: with few images, convolutions learn
 local features that a plain patch projection does not (Xiao et al., "Early Convolutions Help Transformers
 See Better", 2021). Both take RGB images in [0, 1] without any normalisation. The weights in
-``models/weights`` were made by ``experiments/pretrain_mini_vit.py``.
+``models/weights`` were pre-trained with BatchNorm in the stem, which is folded into its convolutions.
 
 Shapes: B batch, N patches (4 x 4 = 16), D width.
 """
 
 import math
 from collections import OrderedDict
-from functools import partial
 from pathlib import Path
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 IMAGE_SIZE = 64
 PATCH_SIZE = 16
@@ -32,11 +30,10 @@ class ConvStem(nn.Module):
     """Stride-2 3x3 convolutions and a 1x1 projection instead of timm's ``PatchEmbed``, whose arguments it takes.
 
     There is one convolution for each halving (four for ``patch_size`` 16), followed by ReLU; the widths double up
-    to ``embed_dim``. With ``norm``, BatchNorm follows each convolution, as in pre-training; the shipped weights have
-    it folded into the convolutions (:func:`fold_batchnorm`), which then have a bias.
+    to ``embed_dim``.
     """
 
-    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, norm: bool, **timm_options):
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **timm_options):
         super().__init__()
         # Attributes that timm's VisionTransformer reads from its embedding layer.
         self.img_size = (img_size, img_size)
@@ -48,9 +45,8 @@ class ConvStem(nn.Module):
         widths = [in_chans] + [max(16, embed_dim >> (halvings - 1 - i)) for i in range(halvings)]
         self.body = nn.Sequential()
         for before, after in zip(widths[:-1], widths[1:], strict=True):
-            conv = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=not norm)
-            batch_norm = nn.BatchNorm2d(after) if norm else nn.Identity()
-            self.body.append(nn.Sequential(OrderedDict(conv=conv, norm=batch_norm, act=nn.ReLU(inplace=True))))
+            conv = nn.Conv2d(before, after, 3, stride=2, padding=1)
+            self.body.append(nn.Sequential(OrderedDict(conv=conv, act=nn.ReLU(inplace=True))))
         self.proj = nn.Conv2d(widths[-1], embed_dim, 1)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
@@ -62,26 +58,16 @@ class ConvStem(nn.Module):
         return self.proj(self.body(images)).flatten(2).transpose(1, 2)
 
 
-def fold_batchnorm(model: VisionTransformer) -> VisionTransformer:
-    """Fold the stem's BatchNorm into its convolutions, in place; the outputs in evaluation mode stay the same."""
-    model.eval()
-    for block in model.patch_embed.body:
-        if isinstance(block.norm, nn.BatchNorm2d):
-            block.conv = fuse_conv_bn_eval(block.conv, block.norm)
-            block.norm = nn.Identity()
-    return model
-
-
-def _mini_vit(embed_dim: int, depth: int, norm: bool, options: dict) -> VisionTransformer:
+def _mini_vit(embed_dim: int, depth: int, options: dict) -> VisionTransformer:
     sizes = {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "embed_dim": embed_dim, "depth": depth, "num_heads": 3}
-    return VisionTransformer(num_classes=0, embed_layer=partial(ConvStem, norm=norm), **sizes, **options)
+    return VisionTransformer(num_classes=0, embed_layer=ConvStem, **sizes, **options)
 
 
-def mini_vit_base(norm: bool = False, **options) -> VisionTransformer:
+def mini_vit_base(**options) -> VisionTransformer:
     """Width 192, 6 blocks, 3 heads, 2.9 M parameters, random; ``options`` are timm's ``VisionTransformer``'s."""
-    return _mini_vit(192, 6, norm, options)
+    return _mini_vit(192, 6, options)
 
 
-def mini_vit_small(norm: bool = False, **options) -> VisionTransformer:
+def mini_vit_small(**options) -> VisionTransformer:
     """Width 96, 4 blocks, 3 heads, 0.5 M parameters, random; arguments as above."""
-    return _mini_vit(96, 4, norm, options)
+    return _mini_vit(96, 4, options)

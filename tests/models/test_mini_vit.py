@@ -1,66 +1,41 @@
-"""mini_vit_*: the stem, its folding, the shipped weights and how they were made."""
+"""The shipped mini_vit_* and their weights."""
 
 import hashlib
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
+from torch import Tensor
 
-from experiments.pretrain_mini_vit import Data, PairSampler, export, extract, load_novel, nearest_mean
-from models.mini_vit import fold_batchnorm, mini_vit_base, mini_vit_small, weights_path
-
-BUILDERS = {"mini_vit_base": mini_vit_base, "mini_vit_small": mini_vit_small}
-
-
-def with_random_norms(model):
-    """Give the stem's BatchNorm statistics that are not those of a new one."""
-    for module in model.patch_embed.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-            torch.nn.init.normal_(module.weight)
-            torch.nn.init.normal_(module.bias)
-    return model.eval()
+from dataloaders.emoji_r import EmojiR
+from dataloaders.transforms import to_unit
+from models.backbones import load_backbone
+from models.mini_vit import weights_path
+from models.sizes import OWN_MODELS
+from utils.config import DataConfig
 
 
-def load_into(model, path):
-    model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+def nearest_mean(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels: np.ndarray) -> float:
+    """Accuracy (%) of the class whose mean training feature has the largest cosine."""
+    means = torch.stack([train[train_labels == label].mean(0) for label in range(train_labels.max() + 1)])
+    normalize = torch.nn.functional.normalize
+    chosen = (normalize(test, dim=1) @ normalize(means, dim=1).T).argmax(1)
+    return 100 * np.mean(chosen.numpy() == test_labels)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-def test_exported_weights_are_folded_and_halved(name, tmp_path):
-    torch.manual_seed(0)
-    model = with_random_norms(BUILDERS[name](norm=True))
-    images = torch.rand(4, 3, 64, 64)
-    before, state = extract(model, images), model.state_dict()
-    plain = BUILDERS[name]()
-    plain.load_state_dict(fold_batchnorm(model).state_dict())
-    torch.testing.assert_close(extract(plain, images), before, rtol=1e-4, atol=1e-5)
-    export(name, state, tmp_path / "weights.safetensors")
-    assert {value.dtype for value in load_file(tmp_path / "weights.safetensors").values()} == {torch.float16}
-    load_into(plain, tmp_path / "weights.safetensors")
-    assert F.cosine_similarity(extract(plain, images), before).min() > 0.999
-
-
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", OWN_MODELS)
 def test_weights_are_the_documented_ones_and_beat_raw_pixels_on_novel_classes(name):
     """Untrained transformers do worse than pixels here, so only pre-training can win."""
     path = weights_path(name)
     assert hashlib.sha256(path.read_bytes()).hexdigest() in (path.parent / "README.md").read_text(encoding="utf-8")
-    model = BUILDERS[name]()
-    load_into(model, path)
+    vit, source = load_backbone(name).vit, EmojiR(DataConfig(), seed=0)
     features, pixels = [], []
-    for part in (load_novel("train"), load_novel("test")):
-        images, labels = part.images[part.labels < 80], part.labels[part.labels < 80]
-        features.append(Data(extract(model, images), labels))
-        pixels.append(Data(F.adaptive_avg_pool2d(images, 16).flatten(1), labels))
+    for train in (True, False):
+        store, labels = source.load(train)
+        used = np.flatnonzero(labels < 80)
+        images = torch.stack([torch.from_numpy(np.array(store.open(index))) for index in used])
+        images = to_unit(images.permute(0, 3, 1, 2))
+        with torch.no_grad():
+            features += [vit(vit.embed(images)).cls, labels[used]]
+        pixels += [torch.nn.functional.adaptive_avg_pool2d(images, 16).flatten(1), labels[used]]
     assert nearest_mean(*features) > nearest_mean(*pixels) + 5
-
-
-def test_pairs_share_a_class_and_classes_do_not_repeat():
-    labels = torch.arange(100).repeat_interleave(3)
-    for rows in PairSampler(labels):
-        first, second = rows.chunk(2)
-        assert torch.equal(labels[first], labels[second])
-        assert (first != second).all() and len(labels[first].unique()) == len(first) == 64
