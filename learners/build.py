@@ -132,34 +132,6 @@ def set_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def check_processes(config: Config, run: Run) -> None:
-    """Compare what the processes of a group are about to compute.
-
-    Raises:
-        ConfigError: with a sentence for each process that would compute something else than the first.
-    """
-    stream = run.stream
-    everyones = run.parallel.gather(
-        {
-            "settings": config.settings_hash(),
-            "backbones": {role: backbone.sha256 for role, backbone in run.backbones.items()},
-            "classes": stream.class_names,
-            "numbers of images": [(stream.train_size(task), stream.test_size(task)) for task in range(len(stream))],
-            # These affect no result, but they decide when the processes exchange something.
-            "--log_interval": config.log_interval,
-            "--repeat": config.repeat,
-            "--teacher_from": config.teacher_from is not None,
-        }
-    )
-    problems = [
-        f"process {rank} has other {' and '.join(other)} than process 0: all machines need the same files and flags"
-        for rank, theirs in enumerate(everyones)
-        if (other := [name for name in theirs if theirs[name] != everyones[0][name]])
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
 class StepCompiler:
     """Puts steps under ``torch.compile``; if that fails, it leaves this and all later steps as they are."""
 
@@ -172,25 +144,19 @@ class StepCompiler:
 
     def __call__(self, step: nn.Module) -> nn.Module:
         """The step, compiled at its first call, and again for each new shape and task."""
-        return _CompiledStep(step, self)
+        plain, compiled = step.forward, torch.compile(step.forward, backend=self.backend)
 
+        def forward(*inputs):
+            if not self.failed:
+                try:
+                    return compiled(*inputs)
+                except TorchDynamoException as error:  # an error of the step itself comes as it is
+                    self.failed = True
+                    while (cause := getattr(error, "inner_exception", None)) is not None:
+                        error = cause
+                    reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+                    _log.warning("--compile is left out from here on, as torch.compile fails: %s", reason)
+            return plain(*inputs)  # safe to repeat: a step changes nothing but the random state
 
-class _CompiledStep(nn.Module):
-    def __init__(self, step: nn.Module, compiler: StepCompiler) -> None:
-        super().__init__()
-        self.step = step
-        self.compiler = compiler
-        # Not the module, which would hold the step's parameters a second time under other names.
-        self.compiled = torch.compile(step.forward, backend=compiler.backend)
-
-    def forward(self, *inputs):
-        if not self.compiler.failed:
-            try:
-                return self.compiled(*inputs)
-            except TorchDynamoException as error:  # an error of the step itself comes as it is
-                self.compiler.failed = True
-                while (cause := getattr(error, "inner_exception", None)) is not None:
-                    error = cause
-                reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-                _log.warning("--compile is left out from here on, as torch.compile fails: %s", reason)
-        return self.step(*inputs)  # safe to repeat: a step changes nothing but the random state
+        step.forward = forward
+        return step

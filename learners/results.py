@@ -1,16 +1,17 @@
-"""The measurements of a run, and the files of ``Results/`` made from them."""
+"""The measurements of a run, the files of ``Results/`` made from them, and what the folder says of its models."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dataloaders.tasks import TaskStream
-from utils.checkpoint import CLASSES, METRICS, RunFolder
+from torch import Tensor
+
+from utils.checkpoint import CLASSES, METRICS, RunFolder, RunFolderError, from_bytes
 from utils.config import Config, ConfigError
 from utils.logging import environment, peak_memory_mb
 from utils.metrics import FORMAT, AccuracyMatrix, acc_csv, metrics_json, summary_lines, summary_table
@@ -122,6 +123,33 @@ def write_results(folder: RunFolder, config: Config, run: Run, history: History)
     folder.write(METRICS, text.encode())
 
 
+def model_file(role: str, task: int) -> str:
+    """Where the trained parts of a model after ``task`` (from 0) are, under the original's names."""
+    return f"models/task-{task + 1}/{role[0].upper()}_class.pth"
+
+
+def load_model(folder: RunFolder, role: str, task: int, load: Callable[[dict[str, Tensor]], None]) -> None:
+    """Hand the trained parts of a model after ``task`` to ``load``.
+
+    Raises:
+        RunFolderError: the file is missing or damaged, or does not fit the settings.
+    """
+    name = model_file(role, task)
+    data = folder.read(name)
+    try:
+        load(from_bytes(data))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RunFolderError(f"{folder.root / name} does not fit the settings in args.yaml: {reason}") from error
+
+
+def tasks_done(folder: RunFolder) -> int:
+    """Number of tasks whose models and results are saved (raises RunFolderError where there is none)."""
+    if not (folder.root / METRICS).exists():
+        raise RunFolderError(f"{folder.root} holds no learned task yet")
+    return folder.read_json(METRICS)["tasks_done"]
+
+
 def log_summary(folder: RunFolder) -> None:
     """Log the table of measures, and the original's summary lines, which end the log."""
     metrics = folder.read_json(METRICS)
@@ -130,9 +158,9 @@ def log_summary(folder: RunFolder) -> None:
         _log.info("%s", line)
 
 
-def data_info(stream: TaskStream, backbone_sha256: Mapping[str, str]) -> dict[str, Any]:
+def data_info(run: Run) -> dict[str, Any]:
     """The content of ``classes.json``: what the use of a student without its data needs, and what identifies both."""
-    tasks = range(len(stream))
+    stream, tasks = run.stream, range(len(run.stream))
     return {
         "num_classes": stream.num_classes,
         "num_tasks": len(stream),
@@ -142,8 +170,28 @@ def data_info(stream: TaskStream, backbone_sha256: Mapping[str, str]) -> dict[st
         "test_crop": stream.test_transform.crop,
         "train_images": [stream.train_size(task) for task in tasks],
         "test_images": [stream.test_size(task) for task in tasks],
-        "backbone_sha256": dict(backbone_sha256),
+        "backbone_sha256": {role: backbone.sha256 for role, backbone in run.backbones.items()},
     }
+
+
+def check_processes(config: Config, run: Run) -> None:
+    """Compare what the processes of a group are about to compute.
+
+    Raises:
+        ConfigError: with a sentence for each process that would compute something else than the first.
+    """
+    mine = {"settings": config.settings_hash(), **data_info(run)}
+    # These affect no result, but they decide when the processes exchange something.
+    mine |= {"--log_interval": config.log_interval, "--repeat": config.repeat}
+    mine["--teacher_from"] = config.teacher_from is not None
+    everyones = run.parallel.gather(mine)
+    problems = [
+        f"process {rank} has other {' and '.join(other)} than process 0: all machines need the same files and flags"
+        for rank, theirs in enumerate(everyones)
+        if (other := [name for name in theirs if theirs[name] != everyones[0][name]])
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_same_data(info: Mapping[str, Any], folder: RunFolder) -> None:

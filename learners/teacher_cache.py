@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from learners.evaluate import model_file
+from learners.results import model_file
 from utils.checkpoint import CLASSES, METRICS, RunFolder, RunFolderError, from_bytes
 from utils.config import Config, ConfigError
 

@@ -9,12 +9,11 @@ import os
 
 import yaml
 
-from learners.build import Run, build_run, check_processes
-from learners.check import batch_shares
-from learners.evaluate import model_file, run_action
+from learners.build import Run, build_run
+from learners.evaluate import run_action
 from learners.meter import TrainingError
 from learners.repeat import run_repeats
-from learners.results import check_same_data, data_info, log_summary
+from learners.results import check_processes, check_same_data, data_info, log_summary, model_file
 from learners.signals import Signals, StoppedError
 from learners.teacher_cache import TeacherCache
 from learners.trainer import Trainer
@@ -32,7 +31,7 @@ from utils.checkpoint import (
     open_run,
     sha256_of,
 )
-from utils.config import Config, ConfigError
+from utils.config import Config
 from utils.logging import Progress, environment, open_tensorboard, setup_logging
 from utils.parallel import build_parallel, is_main_process, leave_group, lost_process
 
@@ -96,7 +95,7 @@ def train(config: Config) -> int:
     except (TrainingError, RunFolderError) as error:
         _log.error("%s", error)
     except (MemoryError, RuntimeError, OSError) as error:
-        advice = _advice(error, config)
+        advice = _advice(error)
         if advice is None:
             raise
         _log.error("%s The last good state is kept. (%s)", advice, str(error).strip().split("\n")[0])
@@ -106,10 +105,7 @@ def train(config: Config) -> int:
 def _finished(config: Config, folder: RunFolder) -> bool:
     """Whether nothing is left to do, which is then logged; otherwise the log goes to a file from now on."""
     if not is_finished(config):
-        try:
-            setup_logging(config.log_dir / LOG)
-        except OSError as error:
-            raise ConfigError([f"cannot write {config.log_dir / LOG}: {error.strerror}"]) from error
+        setup_logging(config.log_dir / LOG)
         return False
     _log.info("%s holds a finished run of this command; --overwrite 1 starts over", folder.root)
     try:
@@ -134,7 +130,7 @@ def _begin(config: Config, objects: Run, folder: RunFolder, state: dict | None) 
         RunFolderError: a file of the run is damaged or cannot be written.
     """
     _log_start(config, objects)
-    info = data_info(objects.stream, {role: backbone.sha256 for role, backbone in objects.backbones.items()})
+    info = data_info(objects)
     if config.init_from is not None:
         files = {role: find_checkpoint(config.init_from, role) for role in objects.learner.roles}
         info["init_from_sha256"] = {role: sha256_of(path) for role, path in files.items()}
@@ -171,7 +167,7 @@ def _log_start(config: Config, objects: Run) -> None:
     )
 
 
-def _advice(error: BaseException, config: Config) -> str | None:
+def _advice(error: BaseException) -> str | None:
     """Advice on an error that the machine's limits caused; None for any other error."""
     text = str(error)
     if "RANK" in os.environ and isinstance(error, RuntimeError) and lost_process(error):
@@ -180,15 +176,10 @@ def _advice(error: BaseException, config: Config) -> str | None:
             "resumes the run, with any number of processes."
         )
     if isinstance(error, MemoryError) or "out of memory" in text or "t allocate memory" in text:
-        share = config.data.batch_size // batch_shares(config)[0]  # which --accumulate divides
-        parts = next((n for n in range(config.accumulate + 1, share + 1) if share % n == 0), 0)
-        resume = [f"--accumulate {parts}, the same batch in smaller parts"] if parts else []
-        resume += ["fewer --workers"] if config.data.workers else []
-        restart = ["a smaller --batch_size"] if config.data.batch_size > 1 else []
-        restart += ["--precision bf16"] if config.precision in ("fp32", "tf32") else []
-        choices = [f"resume with {' or '.join(resume)}"] if resume else []
-        choices += [f"start a new run with {' or '.join(restart)}"] if restart else []
-        return f"Out of memory: {'; or '.join(choices) or 'use a machine with more of it'}."
+        return (
+            "Out of memory: resume with a larger --accumulate, the same batch in smaller parts, or fewer --workers; or "
+            "start a new run with a smaller --batch_size or --precision bf16."
+        )
     if "DataLoader worker" in text or "shared memory" in text:
         return "A process that loads data was ended from outside or had too little memory: resume with fewer --workers."
     return None

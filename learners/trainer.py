@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from learners.build import Run
-from learners.evaluate import evaluate, model_file
+from learners.evaluate import evaluate
 from learners.learner import TaskTraining
 from learners.meter import LossMeter, NonFiniteError, TrainingError
-from learners.results import History, write_results
+from learners.results import History, model_file, write_results
 from learners.signals import Signals, StoppedError
 from learners.teacher_cache import TeacherCache
 from utils.checkpoint import RunFolder, to_bytes
@@ -82,9 +82,9 @@ class Trainer:
             RunFolderError: a file cannot be written; the last good state stays.
         """
         with self._writer:
-            position = self._restore(state) if state is not None else self._start_of(0)
+            position = self._restore(state) if state is not None else Position(0, self.roles[0])
             while position.task < self.run.num_tasks:
-                if position == self._start_of(position.task):
+                if position == Position(position.task, self.roles[0]):
                     self._begin_task(position.task)
                 if position.role == EVALUATION:
                     position = self._evaluate(position)
@@ -95,13 +95,10 @@ class Trainer:
                 state = None
             self._wait_until_written()
 
-    def _start_of(self, task: int) -> Position:
-        return Position(task, self.roles[0])
-
     def _after(self, position: Position) -> Position:
         """The position after the last epoch of a role, or after an evaluation."""
         if position.role == EVALUATION:
-            return self._start_of(position.task + 1)
+            return Position(position.task + 1, self.roles[0])
         return Position(position.task, self.roles[self.roles.index(position.role) + 1])
 
     def _restore(self, state: Mapping[str, Any]) -> Position:
