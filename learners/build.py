@@ -104,7 +104,7 @@ def build_learner(
     entry, pool = DISTILLERS[config.distill.method], PROMPTS[config.learner_name]
     vits = {role: vits[role] for role in (("teacher", "student") if entry.needs_teacher else ("student",))}
     sizes = {role: size_of(vit) for role, vit in vits.items()}
-    student, teacher = sizes["student"], sizes.get("teacher")
+    student, teacher = sizes["student"], sizes.get("teacher", sizes["student"])  # no teacher, no use of its sizes
     if problems := model_problems(config.distill, teacher, student):
         raise ConfigError(problems)
     prompts, _ = pool.parse(config.prompt_param, num_tasks)
@@ -113,13 +113,7 @@ def build_learner(
         dims = PromptDims(student.embed_dim, vit.embed_dim, vit.depth, num_tasks)
         with seeded(config.seed, "init", role):
             models[role] = PromptedModel(vit, pool.load()(dims=dims, **prompts), num_classes)
-    dims = DistillDims(
-        student_dim=student.embed_dim,
-        teacher_dim=teacher.embed_dim if teacher else 0,
-        student_depth=student.depth,
-        teacher_depth=teacher.depth if teacher else 0,
-        num_classes=num_classes,
-    )
+    dims = DistillDims(student.embed_dim, teacher.embed_dim, student.depth, teacher.depth, num_classes)
     with seeded(config.seed, "init", "distiller", config.distill.method):
         distiller = entry.load()(config.distill, dims)
     compile_step = StepCompiler() if config.compile else lambda step: step

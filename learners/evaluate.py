@@ -114,7 +114,7 @@ def _evaluate_again(config: Config) -> int:
     folder = RunFolder(config.log_dir)
     run = build_run(config, build_parallel(config.device, config.gpuid, alone=True), folder.root)
     learner = run.learner
-    check_same_data(data_info(run), folder)
+    check_same_data(data_info(config, run), folder)
     matrices = {role: AccuracyMatrix() for role in learner.roles}
     for task in range(tasks_done(folder)):
         learner.resume_task(task)

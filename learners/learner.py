@@ -130,13 +130,7 @@ class TrainResult(NamedTuple):
 
 
 class TaskTraining:
-    """Training of one model on one task.
-
-    Args:
-        step: losses of a batch.
-        classes: columns that compete.
-        config, parallel, compile_step: as for :class:`TeacherStudentLearner`.
-    """
+    """Training of one model on one task; ``classes`` are the columns that compete in the losses of ``step``."""
 
     def __init__(
         self, step: Step, classes: ClassRange, config: Config, parallel: Parallel, compile_step: Compiler

@@ -6,18 +6,18 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
+import yaml
 from torch import Tensor
 
-from utils.checkpoint import CLASSES, METRICS, RunFolder, RunFolderError, from_bytes
+from learners.build import Run
+from models.cdl_checkpoint import find_checkpoint
+from utils.checkpoint import ARGS, ARGS_END, CLASSES, METRICS, RunFolder, RunFolderError, from_bytes, sha256_of
 from utils.config import Config, ConfigError
 from utils.logging import environment, peak_memory_mb
 from utils.metrics import FORMAT, AccuracyMatrix, acc_csv, metrics_json, summary_lines, summary_table
-
-if TYPE_CHECKING:
-    from learners.build import Run
 
 _CSV = {"teacher": "Results/acc.csv", "student": "Results/acc_s.csv"}
 
@@ -64,10 +64,6 @@ class History:
         for role, row in rows.items():
             self.accuracy.setdefault(role, [])[task:] = [row]
             self.usage.setdefault(role, [])[task:] = [usage[role]]
-
-    def state(self) -> dict[str, Any]:
-        """All of it as plain data, for a resume."""
-        return asdict(self)
 
 
 def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
@@ -143,6 +139,13 @@ def load_model(folder: RunFolder, role: str, task: int, load: Callable[[dict[str
         raise RunFolderError(f"{folder.root / name} does not fit the settings in args.yaml: {reason}") from error
 
 
+def check_models(folder: RunFolder, tasks: int) -> None:
+    """Read the models of the first ``tasks`` tasks; a RunFolderError names one that is damaged or missing."""
+    for role in folder.read_json(CLASSES)["backbone_sha256"]:
+        for task in range(tasks):
+            folder.read(model_file(role, task))
+
+
 def tasks_done(folder: RunFolder) -> int:
     """Number of tasks whose models and results are saved (raises RunFolderError where there is none)."""
     if not (folder.root / METRICS).exists():
@@ -158,10 +161,10 @@ def log_summary(folder: RunFolder) -> None:
         _log.info("%s", line)
 
 
-def data_info(run: Run) -> dict[str, Any]:
+def data_info(config: Config, run: Run) -> dict[str, Any]:
     """The content of ``classes.json``: what the use of a student without its data needs, and what identifies both."""
     stream, tasks = run.stream, range(len(run.stream))
-    return {
+    info = {
         "num_classes": stream.num_classes,
         "num_tasks": len(stream),
         "ranges": [list(stream.classes(task)) for task in tasks],
@@ -172,6 +175,10 @@ def data_info(run: Run) -> dict[str, Any]:
         "test_images": [stream.test_size(task) for task in tasks],
         "backbone_sha256": {role: backbone.sha256 for role, backbone in run.backbones.items()},
     }
+    if config.init_from is not None:
+        files = {role: find_checkpoint(config.init_from, role) for role in run.learner.roles}
+        info["init_from_sha256"] = {role: sha256_of(path) for role, path in files.items()}
+    return info
 
 
 def check_processes(config: Config, run: Run) -> None:
@@ -180,7 +187,7 @@ def check_processes(config: Config, run: Run) -> None:
     Raises:
         ConfigError: with a sentence for each process that would compute something else than the first.
     """
-    mine = {"settings": config.settings_hash(), **data_info(run)}
+    mine = {"settings": config.settings_hash(), **data_info(config, run)}
     # These affect no result, but they decide when the processes exchange something.
     mine |= {"--log_interval": config.log_interval, "--repeat": config.repeat}
     mine["--teacher_from"] = config.teacher_from is not None
@@ -192,6 +199,17 @@ def check_processes(config: Config, run: Run) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def write_start(folder: RunFolder, config: Config, run: Run, info: Mapping[str, Any]) -> None:
+    """Write what is trained on what: ``classes.json`` (``info``), and all settings, ready to be a ``--config``."""
+    lines = ["# Everything this run was started with; python run.py --config args.yaml --log_dir ... repeats it."]
+    lines += [f"# {role} backbone: {each.tag} (sha256 {each.sha256})" for role, each in run.backbones.items()]
+    args = "\n".join(lines) + "\n" + yaml.safe_dump(config.to_yaml_dict(), sort_keys=False) + ARGS_END
+    for name, data in run.stream.drawn_split.items():
+        folder.write(name, data)
+    folder.write(CLASSES, (json.dumps(info, ensure_ascii=False, indent=1) + "\n").encode())
+    folder.write(ARGS, args.encode())  # last, as it makes the folder that of a run
 
 
 def check_same_data(info: Mapping[str, Any], folder: RunFolder) -> None:

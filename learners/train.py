@@ -7,30 +7,15 @@ import json
 import logging
 import os
 
-import yaml
-
 from learners.build import Run, build_run
 from learners.evaluate import run_action
 from learners.meter import TrainingError
 from learners.repeat import run_repeats
-from learners.results import check_processes, check_same_data, data_info, log_summary, model_file
+from learners.results import check_models, check_processes, check_same_data, data_info, log_summary, write_start
 from learners.signals import Signals, StoppedError
 from learners.teacher_cache import TeacherCache
 from learners.trainer import Trainer
-from models.cdl_checkpoint import find_checkpoint
-from utils.checkpoint import (
-    ARGS,
-    ARGS_END,
-    CLASSES,
-    LOG,
-    METRICS,
-    RunFolder,
-    RunFolderError,
-    differing_settings,
-    is_finished,
-    open_run,
-    sha256_of,
-)
+from utils.checkpoint import LOG, METRICS, RunFolder, RunFolderError, differing_settings, is_finished, open_run
 from utils.config import Config
 from utils.logging import Progress, environment, open_tensorboard, setup_logging
 from utils.parallel import build_parallel, is_main_process, leave_group, lost_process
@@ -109,17 +94,10 @@ def _finished(config: Config, folder: RunFolder) -> bool:
         return False
     _log.info("%s holds a finished run of this command; --overwrite 1 starts over", folder.root)
     try:
-        _check_models(folder, folder.read_json(METRICS)["tasks_done"])
+        check_models(folder, folder.read_json(METRICS)["tasks_done"])
     except RunFolderError as error:
         _log.warning("%s", error)
     return True
-
-
-def _check_models(folder: RunFolder, tasks: int) -> None:
-    """Read the models of the first ``tasks`` tasks; a RunFolderError names one that is damaged or missing."""
-    for role in folder.read_json(CLASSES)["backbone_sha256"]:
-        for task in range(tasks):
-            folder.read(model_file(role, task))
 
 
 def _begin(config: Config, objects: Run, folder: RunFolder, state: dict | None) -> TeacherCache | None:
@@ -130,27 +108,14 @@ def _begin(config: Config, objects: Run, folder: RunFolder, state: dict | None) 
         RunFolderError: a file of the run is damaged or cannot be written.
     """
     _log_start(config, objects)
-    info = data_info(objects)
-    if config.init_from is not None:
-        files = {role: find_checkpoint(config.init_from, role) for role in objects.learner.roles}
-        info["init_from_sha256"] = {role: sha256_of(path) for role, path in files.items()}
+    info = data_info(config, objects)
     if folder.has_run:
         check_same_data(info, folder)
-        _check_models(folder, state["position"][0] if state else 0)
+        check_models(folder, state["position"][0] if state else 0)
     teachers = TeacherCache(config, info) if config.teacher_from is not None else None
     if not folder.has_run or differing_settings(config):
-        for name, data in objects.stream.drawn_split.items():
-            folder.write(name, data)
-        folder.write(CLASSES, (json.dumps(info, ensure_ascii=False, indent=1) + "\n").encode())
-        folder.write(ARGS, _args_yaml(config, objects).encode())  # last, as it makes the folder that of a run
+        write_start(folder, config, objects, info)
     return teachers
-
-
-def _args_yaml(config: Config, objects: Run) -> str:
-    """All settings, ready to be a ``--config``, with comments on the backbones."""
-    lines = ["# Everything this run was started with; python run.py --config args.yaml --log_dir ... repeats it."]
-    lines += [f"# {role} backbone: {each.tag} (sha256 {each.sha256})" for role, each in objects.backbones.items()]
-    return "\n".join(lines) + "\n" + yaml.safe_dump(config.to_yaml_dict(), sort_keys=False) + ARGS_END
 
 
 def _log_start(config: Config, objects: Run) -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -39,14 +40,8 @@ class Position(NamedTuple):
 class Trainer:
     """Teach a learner all tasks of a stream; a state is saved after every epoch.
 
-    Args:
-        config: settings of the run.
-        run: its objects.
-        folder: its files; None on processes that do not write.
-        signals: what the user asks for meanwhile.
-        progress: shows where the run is.
-        tensorboard: a SummaryWriter for the means of each epoch, or None.
-        teachers: trained teachers of another run, taken where it has them; or None, as on processes that do not write.
+    ``folder``, and ``teachers`` of ``--teacher_from``, are None on processes that do not write; ``tensorboard``, a
+    SummaryWriter for the means of each epoch, is None unless it is asked for.
     """
 
     def __init__(
@@ -85,7 +80,11 @@ class Trainer:
             position = self._restore(state) if state is not None else Position(0, self.roles[0])
             while position.task < self.run.num_tasks:
                 if position == Position(position.task, self.roles[0]):
-                    self._begin_task(position.task)
+                    try:
+                        self.learner.begin_task(position.task)
+                    except ValueError as error:
+                        reason = f"task {position.task + 1} cannot begin: {error} The last good state is kept."
+                        raise TrainingError(reason) from error
                 if position.role == EVALUATION:
                     position = self._evaluate(position)
                 elif position.role == "teacher" and position[2:] == (0, 0) and self._take_teacher(position.task):
@@ -113,19 +112,14 @@ class Trainer:
             _log.info("Resuming at task %d, %s%s", position.task + 1, position.role, place)
         return position
 
-    def _begin_task(self, task: int) -> None:
-        try:
-            self.learner.begin_task(task)
-        except ValueError as error:
-            raise TrainingError(f"task {task + 1} cannot begin: {error} The last good state is kept.") from error
-
     def _take_teacher(self, task: int) -> bool:
         """Take the teacher, and the losses of its epochs, from the run of ``--teacher_from``, if it has them."""
         found = self.parallel.broadcast(self.teachers.find(task) if self.teachers is not None else None)
         if found is None:
             return False
-        self.learner.load_state("teacher", found.model)
-        for epoch, means in enumerate(found.losses):
+        model, losses = found
+        self.learner.load_state("teacher", model)
+        for epoch, means in enumerate(losses):
             self.history.add_epoch("teacher", task, epoch, means)
         _log.info("Task %d/%d: teacher taken from %s", task + 1, self.run.num_tasks, self.config.teacher_from)
         return True
@@ -240,7 +234,7 @@ class Trainer:
             return
         state = {
             "position": list(position),
-            "history": self.history.state(),
+            "history": asdict(self.history),
             "models": models,
             "training": training and training.state(),
             "meter": meter and meter.state(),
