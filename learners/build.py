@@ -104,7 +104,7 @@ def build_learner(
     entry, pool = DISTILLERS[config.distill.method], PROMPTS[config.learner_name]
     vits = {role: vits[role] for role in (("teacher", "student") if entry.needs_teacher else ("student",))}
     sizes = {role: size_of(vit) for role, vit in vits.items()}
-    student, teacher = sizes["student"], sizes.get("teacher")
+    student, teacher = sizes["student"], sizes.get("teacher", sizes["student"])  # no teacher, no use of its sizes
     if problems := model_problems(config.distill, teacher, student):
         raise ConfigError(problems)
     prompts, _ = pool.parse(config.prompt_param, num_tasks)
@@ -113,13 +113,7 @@ def build_learner(
         dims = PromptDims(student.embed_dim, vit.embed_dim, vit.depth, num_tasks)
         with seeded(config.seed, "init", role):
             models[role] = PromptedModel(vit, pool.load()(dims=dims, **prompts), num_classes)
-    dims = DistillDims(
-        student_dim=student.embed_dim,
-        teacher_dim=teacher.embed_dim if teacher else 0,
-        student_depth=student.depth,
-        teacher_depth=teacher.depth if teacher else 0,
-        num_classes=num_classes,
-    )
+    dims = DistillDims(student.embed_dim, teacher.embed_dim, student.depth, teacher.depth, num_classes)
     with seeded(config.seed, "init", "distiller", config.distill.method):
         distiller = entry.load()(config.distill, dims)
     compile_step = StepCompiler() if config.compile else lambda step: step
@@ -130,34 +124,6 @@ def set_precision(precision: str) -> None:
     """Round the factors of float32 products on GPUs to TF32 if asked, and only then: cuDNN does so by default."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
-
-
-def check_processes(config: Config, run: Run) -> None:
-    """Compare what the processes of a group are about to compute.
-
-    Raises:
-        ConfigError: with a sentence for each process that would compute something else than the first.
-    """
-    stream = run.stream
-    everyones = run.parallel.gather(
-        {
-            "settings": config.settings_hash(),
-            "backbones": {role: backbone.sha256 for role, backbone in run.backbones.items()},
-            "classes": stream.class_names,
-            "numbers of images": [(stream.train_size(task), stream.test_size(task)) for task in range(len(stream))],
-            # These affect no result, but they decide when the processes exchange something.
-            "--log_interval": config.log_interval,
-            "--repeat": config.repeat,
-            "--teacher_from": config.teacher_from is not None,
-        }
-    )
-    problems = [
-        f"process {rank} has other {' and '.join(other)} than process 0: all machines need the same files and flags"
-        for rank, theirs in enumerate(everyones)
-        if (other := [name for name in theirs if theirs[name] != everyones[0][name]])
-    ]
-    if problems:
-        raise ConfigError(problems)
 
 
 class StepCompiler:
@@ -172,25 +138,19 @@ class StepCompiler:
 
     def __call__(self, step: nn.Module) -> nn.Module:
         """The step, compiled at its first call, and again for each new shape and task."""
-        return _CompiledStep(step, self)
+        plain, compiled = step.forward, torch.compile(step.forward, backend=self.backend)
 
+        def forward(*inputs):
+            if not self.failed:
+                try:
+                    return compiled(*inputs)
+                except TorchDynamoException as error:  # an error of the step itself comes as it is
+                    self.failed = True
+                    while (cause := getattr(error, "inner_exception", None)) is not None:
+                        error = cause
+                    reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+                    _log.warning("--compile is left out from here on, as torch.compile fails: %s", reason)
+            return plain(*inputs)  # safe to repeat: a step changes nothing but the random state
 
-class _CompiledStep(nn.Module):
-    def __init__(self, step: nn.Module, compiler: StepCompiler) -> None:
-        super().__init__()
-        self.step = step
-        self.compiler = compiler
-        # Not the module, which would hold the step's parameters a second time under other names.
-        self.compiled = torch.compile(step.forward, backend=compiler.backend)
-
-    def forward(self, *inputs):
-        if not self.compiler.failed:
-            try:
-                return self.compiled(*inputs)
-            except TorchDynamoException as error:  # an error of the step itself comes as it is
-                self.compiler.failed = True
-                while (cause := getattr(error, "inner_exception", None)) is not None:
-                    error = cause
-                reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-                _log.warning("--compile is left out from here on, as torch.compile fails: %s", reason)
-        return self.step(*inputs)  # safe to repeat: a step changes nothing but the random state
+        step.forward = forward
+        return step

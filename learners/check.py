@@ -10,10 +10,7 @@ import ctypes
 import dataclasses
 import importlib.util
 import os
-import sys
-import tempfile
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 from dataloaders import DATASETS
 from learners.distillers import DISTILLERS, ModelPair
@@ -96,24 +93,22 @@ def model_problems(distill: DistillConfig, teacher: ViTSize | None, student: ViT
     Called with the sizes that the names tell (None where they tell none), and again with those of the built backbones.
     """
     entry = DISTILLERS[distill.method]
+    if not entry.needs_teacher or teacher is None or student is None:
+        return []
     problems = []
-    if entry.needs_teacher and teacher and student and teacher.image_size != student.image_size:
+    if teacher.image_size != student.image_size:
         problems.append(
             f"teacher and student see the same images, but --t_model takes {teacher.image_size} px and"
             f" --s_model {student.image_size} px: choose models of one input size"
         )
-    for problem in entry.problems(ModelPair(teacher, student, distill.prompt_param)):
-        problems.append(problem if problem.startswith("--") else f"--KD_method {distill.method}: {problem}")
-    return problems
-
-
-def num_tasks_of(num_classes: int, first: int, other: int, upper_bound: bool = False) -> int:
-    """T for ``num_classes`` classes, as :func:`dataloaders.tasks.split_classes` divides them."""
-    return 1 if upper_bound else 1 + -(-max(0, num_classes - first) // other)
+    found = [require(ModelPair(teacher, student, distill.prompt_param)) for require in entry.requires]
+    return problems + [f"--KD_method {distill.method}: {problem}" for problem in found if problem]
 
 
 def _data_problems(config: Config, invalid: Collection[str]) -> tuple[int | None, list[str]]:
     """The number of tasks, None while unknown, and the problems of the data set and its split into tasks."""
+    from dataloaders.tasks import split_classes  # here: it needs packages that may be missing
+
     data = config.data
     if data.dataset not in DATASETS:
         return None, []
@@ -123,10 +118,12 @@ def _data_problems(config: Config, invalid: Collection[str]) -> tuple[int | None
     sizes = {name: getattr(data, name) for name in ("first_split_size", "other_split_size")}
     if num_classes is None or None in sizes.values() or sizes.keys() & set(invalid):
         return None, problems
+    if data.upper_bound:
+        return 1, problems
     for name, size in sizes.items():
-        if size > num_classes and not data.upper_bound:
+        if size > num_classes:
             problems.append(f"--{name} {size} is more than the {num_classes} classes of {data.dataset}")
-    return num_tasks_of(num_classes, *sizes.values(), data.upper_bound), problems
+    return len(split_classes(num_classes, *sizes.values())), problems
 
 
 def _model_problems(config: Config, invalid: Collection[str]) -> list[str]:
@@ -151,8 +148,6 @@ def _device_problems(config: Config) -> list[str]:
     on_gpus = bool(ids) and ids != (-1,)
     if (config.device in ("cpu", "mps") and on_gpus) or (config.device == "cuda" and ids == (-1,)):
         return [f"--device {config.device} and --gpuid {given} exclude each other: leave one out"]
-    if config.device == "mps" and sys.platform != "darwin":
-        return ["--device mps needs a Mac with Apple silicon; use --gpuid -1 for the CPU"]
     if not on_gpus and config.device != "cuda":
         return []
     asked = f"--gpuid {given}" if on_gpus else "--device cuda"
@@ -169,23 +164,15 @@ def _device_problems(config: Config) -> list[str]:
 
 
 def _process_problems(config: Config) -> list[str]:
-    """Reasons why this process of a torchrun group cannot do its part."""
-    if "RANK" not in os.environ or config.action != "train":
-        return []
-    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        way_out = "start the processes by torchrun (experiments/torchrun.sh), or unset RANK to train in one process"
-        return [f"RANK is set, but not {', '.join(missing)}: {way_out}"]
-    if config.device == "mps":
-        return ["--device mps works in a single process: leave torchrun out, or use --gpuid -1 for the CPU"]
-    if config.device == "cpu" or config.gpuid == (-1,):
-        return []
+    """Processes of a torchrun group that would have to share a GPU."""
+    on_cpu = config.device == "cpu" or config.gpuid == (-1,)
     gpus = len(config.gpuid) if config.gpuid else cuda_devices()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if gpus and processes > gpus:
-        where = "of --gpuid" if config.gpuid else "on this machine"
-        way_out = f"start at most {gpus} (torchrun --nproc_per_node), or use --gpuid -1 for the CPU"
-        return [f"{processes} processes on this machine need a GPU each, but there are {gpus} {where}: {way_out}"]
-    return []
+    if "RANK" not in os.environ or config.action != "train" or on_cpu or not gpus or processes <= gpus:
+        return []
+    where = "of --gpuid" if config.gpuid else "on this machine"
+    way_out = f"start at most {gpus} (torchrun --nproc_per_node), or use --gpuid -1 for the CPU"
+    return [f"{processes} processes on this machine need a GPU each, but there are {gpus} {where}: {way_out}"]
 
 
 def cuda_devices() -> int | None:
@@ -200,16 +187,11 @@ def cuda_devices() -> int | None:
     return count.value
 
 
-def batch_shares(config: Config) -> tuple[int, str]:
-    """The number of equal parts into which a batch is divided, and what they are for."""
-    if "RANK" in os.environ:
-        return int(os.environ.get("WORLD_SIZE", "1")), "processes"
-    return len(config.gpuid or (0,)), "GPUs of --gpuid"
-
-
 def _batch_problems(config: Config) -> list[str]:
     """The batch is global: devices and accumulation split it into equal parts."""
-    parts, over = batch_shares(config)
+    parts, over = len(config.gpuid or (0,)), "GPUs of --gpuid"
+    if "RANK" in os.environ:
+        parts, over = int(os.environ.get("WORLD_SIZE", "1")), "processes"
     size = config.data.batch_size
     if size % parts:
         below, above = size // parts * parts, (size // parts + 1) * parts
@@ -224,7 +206,7 @@ def _batch_problems(config: Config) -> list[str]:
 
 
 def _path_problems(config: Config) -> list[str]:
-    """Files that must exist, folders that must be writable."""
+    """Files and folders that must exist."""
     problems = []
     seeds = range(config.seed, config.seed + config.repeat)
     runs = [config] if config.repeat == 1 else [config.for_seed(seed) for seed in seeds]
@@ -242,23 +224,7 @@ def _path_problems(config: Config) -> list[str]:
     if config.export is not None:
         if config.export.suffix not in (".safetensors", ".pt2"):
             problems.append(f"--export: {config.export} must end in .safetensors or .pt2")
-        problems += _unwritable("export", config.export.parent)
-    if config.log_dir is not None and config.action == "train":
-        problems += _unwritable("log_dir", config.log_dir)
-    elif config.log_dir is not None and config.action != "check_data" and not config.log_dir.is_dir():
+    on_a_run = config.action in ("eval_only", "export", "predict")
+    if config.log_dir is not None and on_a_run and not config.log_dir.is_dir():
         problems.append(f"--log_dir: there is no folder {config.log_dir}; give that of a finished run")
     return problems
-
-
-def _unwritable(flag: str, folder: Path) -> list[str]:
-    """The reason why no file can be made in ``folder``, or in the part of its path that exists; leaves nothing."""
-    existing = Path(os.path.abspath(folder))
-    try:
-        while not existing.exists():
-            existing = existing.parent
-        if not existing.is_dir():
-            return [f"--{flag}: {existing} is a file, not a folder; choose another path"]
-        with tempfile.TemporaryFile(dir=existing):
-            return []
-    except OSError as error:
-        return [f"--{flag}: {folder} cannot be written ({error.strerror}); choose a folder you may write to"]

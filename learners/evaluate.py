@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +19,18 @@ from dataloaders.build import build_stream
 from dataloaders.check import check_stream
 from dataloaders.transforms import EvalTransform, to_unit
 from learners.build import Run, build_run
+from learners.export import export, trained_student
 from learners.meter import NonFiniteError, TrainingError
-from learners.results import check_same_data, data_info
+from learners.results import check_same_data, data_info, load_model, tasks_done
 from models.backbones import BackboneError
 from models.sizes import known_size
-from utils.checkpoint import METRICS, RunFolder, RunFolderError, check_settings, from_bytes
+from utils.checkpoint import METRICS, RunFolder, RunFolderError, check_settings
 from utils.config import Config, ConfigError
 from utils.logging import setup_logging
 from utils.metrics import AccuracyMatrix, summary_table
 from utils.parallel import build_parallel, choose_device
 
 _log = logging.getLogger(__name__)
-
-
-def model_file(role: str, task: int) -> str:
-    """Where the trained parts of a model after ``task`` (from 0) are, under the original's names."""
-    return f"models/task-{task + 1}/{role[0].upper()}_class.pth"
-
-
-def load_model(folder: RunFolder, role: str, task: int, load: Callable[[dict[str, Tensor]], None]) -> None:
-    """Hand the trained parts of a model after ``task`` to ``load``.
-
-    Raises:
-        RunFolderError: the file is missing or damaged, or does not fit the settings.
-    """
-    name = model_file(role, task)
-    data = folder.read(name)
-    try:
-        load(from_bytes(data))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise RunFolderError(f"{folder.root / name} does not fit the settings in args.yaml: {reason}") from error
-
-
-def tasks_done(folder: RunFolder) -> int:
-    """Number of tasks whose models and results are saved (raises RunFolderError where there is none)."""
-    if not (folder.root / METRICS).exists():
-        raise RunFolderError(f"{folder.root} holds no learned task yet")
-    return folder.read_json(METRICS)["tasks_done"]
 
 
 @torch.inference_mode()
@@ -139,12 +114,12 @@ def _evaluate_again(config: Config) -> int:
     folder = RunFolder(config.log_dir)
     run = build_run(config, build_parallel(config.device, config.gpuid, alone=True), folder.root)
     learner = run.learner
-    check_same_data(data_info(run.stream, {role: b.sha256 for role, b in run.backbones.items()}), folder)
+    check_same_data(data_info(config, run), folder)
     matrices = {role: AccuracyMatrix() for role in learner.roles}
     for task in range(tasks_done(folder)):
         learner.resume_task(task)
         for role in learner.roles:
-            load_model(folder, role, task, lambda state, role=role: learner.load_state(role, state))
+            load_model(folder, role, task, partial(learner.load_state, role))
         rows, _ = evaluate(run, task)
         for role, row in rows.items():
             matrices[role].set_row(task, row)
@@ -162,8 +137,6 @@ def _evaluate_again(config: Config) -> int:
 
 def _export(config: Config) -> int:
     """Write the student after the last learned task for use elsewhere."""
-    from learners.export import export, trained_student  # which imports this module
-
     export(*trained_student(config), config.export)
     _log.info("Wrote %s and %s", config.export, config.export.with_suffix(".json").name)
     return 0
@@ -172,8 +145,6 @@ def _export(config: Config) -> int:
 @torch.no_grad()
 def _predict(config: Config) -> int:
     """Print the ``--top`` classes of each image with their probabilities."""
-    from learners.export import trained_student
-
     device = choose_device(config.device, config.gpuid)
     classifier, metadata = trained_student(config)
     classifier.to(device)

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from learners.build import build_learner
 from learners.distillers.base import Distiller
-from learners.evaluate import load_model, tasks_done
-from learners.results import check_same_data
-from learners.steps import make_query
+from learners.results import check_same_data, load_model, tasks_done
+from learners.steps import EvalStep
 from models.backbones import load_backbone
 from models.prompted_model import PromptedModel
 from models.vit import PromptedViT
@@ -25,22 +24,17 @@ from utils.config import Config, ConfigError, DistillConfig
 from utils.parallel import Parallel
 
 
-class StudentClassifier(nn.Module):
+class StudentClassifier(EvalStep):
     """Images in, logits over the ``seen`` classes learned so far out: the student with its prompts, as evaluated."""
 
     def __init__(self, student: PromptedModel, distiller: Distiller, seen: int) -> None:
-        super().__init__()
-        self.student = student
-        self.distiller = distiller
+        super().__init__(student, distiller, teacher=None)
         self.seen = seen
-        self.eval()
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, seen] of images [B, 3, H, W] in [0, 1]."""
-        query, tokens = make_query(self.student.vit, images)
-        output = self.student(tokens, query, self.distiller.student_inputs())
-        return self.distiller.predict(output)[:, : self.seen].float()
+        return self.logits(images, self.seen)["student"]
 
 
 def trained_student(config: Config) -> tuple[StudentClassifier, dict[str, Any]]:
@@ -109,7 +103,6 @@ def export(classifier: StudentClassifier, metadata: dict[str, Any], path: Path) 
     if beside.exists() and not {"backbone", "classes_seen"} <= RunFolder(path.parent).read_json(beside.name).keys():
         reason = "which is not the description of an exported student; choose another name"
         raise ConfigError([f"--export {path}: {beside} would be replaced, {reason}"])
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pt2":
         images = torch.rand(2, 3, metadata["image_size"], metadata["image_size"])
         shapes = {"images": {0: torch.export.Dim("batch", min=1)}}

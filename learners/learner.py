@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dataloaders.tasks import ClassRange
 from learners.distillers.base import Distiller
-from learners.optim import build_optimizer, learning_rate, set_learning_rate
+from learners.optim import build_optimizer, learning_rate
 from learners.steps import EvalStep, Step, StepResult, StudentStep, TeacherStep
 from models.prompted_model import PromptedModel
 from utils.config import Config
@@ -49,18 +49,11 @@ class TeacherStudentLearner:
         self.query_vit = self.student.vit
         self.distiller = distiller.to(parallel.device)
         self.teacher = teacher.to(parallel.device) if teacher is not None else None
+        self.models = {"student": self.student}  # by role, in the order in which they learn a task
+        if self.teacher is not None:
+            self.models = {"teacher": self.teacher} | self.models
+        self.roles = tuple(self.models)
         self.compile_step = compile_step
-
-    @property
-    def models(self) -> dict[str, PromptedModel]:
-        """The models by role, in the order in which they learn a task."""
-        teacher = {} if self.teacher is None else {"teacher": self.teacher}
-        return teacher | {"student": self.student}
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """``("teacher", "student")``, or ``("student",)`` without a teacher."""
-        return tuple(self.models)
 
     def begin_task(self, task: int) -> None:
         """Prepare both pools for ``task`` (CODA grows before every task; the first growth is part of building)."""
@@ -137,13 +130,7 @@ class TrainResult(NamedTuple):
 
 
 class TaskTraining:
-    """Training of one model on one task.
-
-    Args:
-        step: losses of a batch.
-        classes: columns that compete.
-        config, parallel, compile_step: as for :class:`TeacherStudentLearner`.
-    """
+    """Training of one model on one task; ``classes`` are the columns that compete in the losses of ``step``."""
 
     def __init__(
         self, step: Step, classes: ClassRange, config: Config, parallel: Parallel, compile_step: Compiler
@@ -167,7 +154,8 @@ class TaskTraining:
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the learning rate of ``epoch``, from 0."""
-        set_learning_rate(self.optimizer, learning_rate(self.config.optim, epoch))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.optim, epoch)
 
     def train_step(self, images: Tensor, targets: Tensor) -> TrainResult:
         """Update the model with one batch.

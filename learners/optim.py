@@ -39,9 +39,3 @@ def learning_rate(config: OptimConfig, epoch: int) -> float:
     if epoch <= 1:
         return config.lr
     return config.lr * math.cos(99 * math.pi * (epoch - 1) / (200 * (config.epochs - 1)))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group the learning rate ``lr``."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr

@@ -1,22 +1,23 @@
-"""The measurements of a run, and the files of ``Results/`` made from them."""
+"""The measurements of a run, the files of ``Results/`` made from them, and what the folder says of its models."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from dataloaders.tasks import TaskStream
-from utils.checkpoint import CLASSES, METRICS, RunFolder
+import yaml
+from torch import Tensor
+
+from learners.build import Run
+from models.cdl_checkpoint import find_checkpoint
+from utils.checkpoint import ARGS, ARGS_END, CLASSES, METRICS, RunFolder, RunFolderError, from_bytes, sha256_of
 from utils.config import Config, ConfigError
 from utils.logging import environment, peak_memory_mb
 from utils.metrics import FORMAT, AccuracyMatrix, acc_csv, metrics_json, summary_lines, summary_table
-
-if TYPE_CHECKING:
-    from learners.build import Run
 
 _CSV = {"teacher": "Results/acc.csv", "student": "Results/acc_s.csv"}
 
@@ -63,10 +64,6 @@ class History:
         for role, row in rows.items():
             self.accuracy.setdefault(role, [])[task:] = [row]
             self.usage.setdefault(role, [])[task:] = [usage[role]]
-
-    def state(self) -> dict[str, Any]:
-        """All of it as plain data, for a resume."""
-        return asdict(self)
 
 
 def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
@@ -122,6 +119,40 @@ def write_results(folder: RunFolder, config: Config, run: Run, history: History)
     folder.write(METRICS, text.encode())
 
 
+def model_file(role: str, task: int) -> str:
+    """Where the trained parts of a model after ``task`` (from 0) are, under the original's names."""
+    return f"models/task-{task + 1}/{role[0].upper()}_class.pth"
+
+
+def load_model(folder: RunFolder, role: str, task: int, load: Callable[[dict[str, Tensor]], None]) -> None:
+    """Hand the trained parts of a model after ``task`` to ``load``.
+
+    Raises:
+        RunFolderError: the file is missing or damaged, or does not fit the settings.
+    """
+    name = model_file(role, task)
+    data = folder.read(name)
+    try:
+        load(from_bytes(data))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RunFolderError(f"{folder.root / name} does not fit the settings in args.yaml: {reason}") from error
+
+
+def check_models(folder: RunFolder, tasks: int) -> None:
+    """Read the models of the first ``tasks`` tasks; a RunFolderError names one that is damaged or missing."""
+    for role in folder.read_json(CLASSES)["backbone_sha256"]:
+        for task in range(tasks):
+            folder.read(model_file(role, task))
+
+
+def tasks_done(folder: RunFolder) -> int:
+    """Number of tasks whose models and results are saved (raises RunFolderError where there is none)."""
+    if not (folder.root / METRICS).exists():
+        raise RunFolderError(f"{folder.root} holds no learned task yet")
+    return folder.read_json(METRICS)["tasks_done"]
+
+
 def log_summary(folder: RunFolder) -> None:
     """Log the table of measures, and the original's summary lines, which end the log."""
     metrics = folder.read_json(METRICS)
@@ -130,10 +161,10 @@ def log_summary(folder: RunFolder) -> None:
         _log.info("%s", line)
 
 
-def data_info(stream: TaskStream, backbone_sha256: Mapping[str, str]) -> dict[str, Any]:
+def data_info(config: Config, run: Run) -> dict[str, Any]:
     """The content of ``classes.json``: what the use of a student without its data needs, and what identifies both."""
-    tasks = range(len(stream))
-    return {
+    stream, tasks = run.stream, range(len(run.stream))
+    info = {
         "num_classes": stream.num_classes,
         "num_tasks": len(stream),
         "ranges": [list(stream.classes(task)) for task in tasks],
@@ -142,8 +173,43 @@ def data_info(stream: TaskStream, backbone_sha256: Mapping[str, str]) -> dict[st
         "test_crop": stream.test_transform.crop,
         "train_images": [stream.train_size(task) for task in tasks],
         "test_images": [stream.test_size(task) for task in tasks],
-        "backbone_sha256": dict(backbone_sha256),
+        "backbone_sha256": {role: backbone.sha256 for role, backbone in run.backbones.items()},
     }
+    if config.init_from is not None:
+        files = {role: find_checkpoint(config.init_from, role) for role in run.learner.roles}
+        info["init_from_sha256"] = {role: sha256_of(path) for role, path in files.items()}
+    return info
+
+
+def check_processes(config: Config, run: Run) -> None:
+    """Compare what the processes of a group are about to compute.
+
+    Raises:
+        ConfigError: with a sentence for each process that would compute something else than the first.
+    """
+    mine = {"settings": config.settings_hash(), **data_info(config, run)}
+    # These affect no result, but they decide when the processes exchange something.
+    mine |= {"--log_interval": config.log_interval, "--repeat": config.repeat}
+    mine["--teacher_from"] = config.teacher_from is not None
+    everyones = run.parallel.gather(mine)
+    problems = [
+        f"process {rank} has other {' and '.join(other)} than process 0: all machines need the same files and flags"
+        for rank, theirs in enumerate(everyones)
+        if (other := [name for name in theirs if theirs[name] != everyones[0][name]])
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def write_start(folder: RunFolder, config: Config, run: Run, info: Mapping[str, Any]) -> None:
+    """Write what is trained on what: ``classes.json`` (``info``), and all settings, ready to be a ``--config``."""
+    lines = ["# Everything this run was started with; python run.py --config args.yaml --log_dir ... repeats it."]
+    lines += [f"# {role} backbone: {each.tag} (sha256 {each.sha256})" for role, each in run.backbones.items()]
+    args = "\n".join(lines) + "\n" + yaml.safe_dump(config.to_yaml_dict(), sort_keys=False) + ARGS_END
+    for name, data in run.stream.drawn_split.items():
+        folder.write(name, data)
+    folder.write(CLASSES, (json.dumps(info, ensure_ascii=False, indent=1) + "\n").encode())
+    folder.write(ARGS, args.encode())  # last, as it makes the folder that of a run
 
 
 def check_same_data(info: Mapping[str, Any], folder: RunFolder) -> None:

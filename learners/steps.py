@@ -19,29 +19,18 @@ from models.vit import PromptedViT
 
 
 class StepResult(NamedTuple):
-    """Result of a training step.
+    """Result of a training step."""
 
-    Attributes:
-        loss: total, [1], with gradient.
-        terms: the terms of which it is the sum, by name, [1] each.
-        correct: number of correct predictions, [1].
-    """
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    correct: Tensor
+    loss: Tensor  # total, [1], with gradient
+    terms: dict[str, Tensor]  # of which the loss is the sum, by name, [1] each
+    correct: Tensor  # number of correct predictions, [1]
 
 
 class EvalResult(NamedTuple):
-    """Result of an evaluation step.
+    """Result of an evaluation step."""
 
-    Attributes:
-        correct: number of correct predictions by role, [1] each.
-        not_finite: number of logits of both models that are infinite or not a number, [1].
-    """
-
-    correct: dict[str, Tensor]
-    not_finite: Tensor
+    correct: dict[str, Tensor]  # number of correct predictions by role, [1] each
+    not_finite: Tensor  # number of logits of both models that are infinite or not a number, [1]
 
 
 class Step(nn.Module):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from learners.evaluate import model_file
+from learners.results import model_file
 from utils.checkpoint import CLASSES, METRICS, RunFolder, RunFolderError, from_bytes
 from utils.config import Config, ConfigError
 
@@ -16,13 +16,6 @@ from utils.config import Config, ConfigError
 _IRRELEVANT = ("KD_method", "kd_alpha", "Soft_T", "kd_prompt_param", "max_task", "t_weights", "s_weights")
 
 _log = logging.getLogger(__name__)
-
-
-class TrainedTeacher(NamedTuple):
-    """The trained parts of a teacher after a task, and the mean of each loss term per epoch of that task."""
-
-    model: dict[str, Tensor]
-    losses: list[dict[str, float]]
 
 
 class TeacherCache:
@@ -50,8 +43,11 @@ class TeacherCache:
         if problem:
             raise ConfigError([f"--teacher_from: {problem}"])
 
-    def find(self, task: int) -> TrainedTeacher | None:
-        """The teacher after ``task`` (from 0), or None where there is none (yet) that can be used."""
+    def find(self, task: int) -> tuple[dict[str, Tensor], list[dict[str, float]]] | None:
+        """The teacher after ``task`` (from 0): its trained parts, and the mean of each loss term per epoch of the task.
+
+        None where there is none (yet) that can be used.
+        """
         name = model_file("teacher", task)
         if not (self.root / name).exists():
             return None
@@ -61,7 +57,7 @@ class TeacherCache:
                 raise RunFolderError(f"{self.root} now holds another run than it did when this one started")
             if metrics["tasks_done"] <= task:  # its results are just being written
                 return None
-            return TrainedTeacher(from_bytes(self._folder.read(name)), metrics["losses"]["teacher"][task])
+            return from_bytes(self._folder.read(name)), metrics["losses"]["teacher"][task]
         except RunFolderError as error:
             _log.warning("--teacher_from: %s; the teacher is trained here", error)
             return None

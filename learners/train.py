@@ -7,32 +7,16 @@ import json
 import logging
 import os
 
-import yaml
-
-from learners.build import Run, build_run, check_processes
-from learners.check import batch_shares
-from learners.evaluate import model_file, run_action
+from learners.build import Run, build_run
+from learners.evaluate import run_action
 from learners.meter import TrainingError
 from learners.repeat import run_repeats
-from learners.results import check_same_data, data_info, log_summary
+from learners.results import check_models, check_processes, check_same_data, data_info, log_summary, write_start
 from learners.signals import Signals, StoppedError
 from learners.teacher_cache import TeacherCache
 from learners.trainer import Trainer
-from models.cdl_checkpoint import find_checkpoint
-from utils.checkpoint import (
-    ARGS,
-    ARGS_END,
-    CLASSES,
-    LOG,
-    METRICS,
-    RunFolder,
-    RunFolderError,
-    differing_settings,
-    is_finished,
-    open_run,
-    sha256_of,
-)
-from utils.config import Config, ConfigError
+from utils.checkpoint import LOG, METRICS, RunFolder, RunFolderError, differing_settings, is_finished, open_run
+from utils.config import Config
 from utils.logging import Progress, environment, open_tensorboard, setup_logging
 from utils.parallel import build_parallel, is_main_process, leave_group, lost_process
 
@@ -96,7 +80,7 @@ def train(config: Config) -> int:
     except (TrainingError, RunFolderError) as error:
         _log.error("%s", error)
     except (MemoryError, RuntimeError, OSError) as error:
-        advice = _advice(error, config)
+        advice = _advice(error)
         if advice is None:
             raise
         _log.error("%s The last good state is kept. (%s)", advice, str(error).strip().split("\n")[0])
@@ -106,24 +90,14 @@ def train(config: Config) -> int:
 def _finished(config: Config, folder: RunFolder) -> bool:
     """Whether nothing is left to do, which is then logged; otherwise the log goes to a file from now on."""
     if not is_finished(config):
-        try:
-            setup_logging(config.log_dir / LOG)
-        except OSError as error:
-            raise ConfigError([f"cannot write {config.log_dir / LOG}: {error.strerror}"]) from error
+        setup_logging(config.log_dir / LOG)
         return False
     _log.info("%s holds a finished run of this command; --overwrite 1 starts over", folder.root)
     try:
-        _check_models(folder, folder.read_json(METRICS)["tasks_done"])
+        check_models(folder, folder.read_json(METRICS)["tasks_done"])
     except RunFolderError as error:
         _log.warning("%s", error)
     return True
-
-
-def _check_models(folder: RunFolder, tasks: int) -> None:
-    """Read the models of the first ``tasks`` tasks; a RunFolderError names one that is damaged or missing."""
-    for role in folder.read_json(CLASSES)["backbone_sha256"]:
-        for task in range(tasks):
-            folder.read(model_file(role, task))
 
 
 def _begin(config: Config, objects: Run, folder: RunFolder, state: dict | None) -> TeacherCache | None:
@@ -134,27 +108,14 @@ def _begin(config: Config, objects: Run, folder: RunFolder, state: dict | None) 
         RunFolderError: a file of the run is damaged or cannot be written.
     """
     _log_start(config, objects)
-    info = data_info(objects.stream, {role: backbone.sha256 for role, backbone in objects.backbones.items()})
-    if config.init_from is not None:
-        files = {role: find_checkpoint(config.init_from, role) for role in objects.learner.roles}
-        info["init_from_sha256"] = {role: sha256_of(path) for role, path in files.items()}
+    info = data_info(config, objects)
     if folder.has_run:
         check_same_data(info, folder)
-        _check_models(folder, state["position"][0] if state else 0)
+        check_models(folder, state["position"][0] if state else 0)
     teachers = TeacherCache(config, info) if config.teacher_from is not None else None
     if not folder.has_run or differing_settings(config):
-        for name, data in objects.stream.drawn_split.items():
-            folder.write(name, data)
-        folder.write(CLASSES, (json.dumps(info, ensure_ascii=False, indent=1) + "\n").encode())
-        folder.write(ARGS, _args_yaml(config, objects).encode())  # last, as it makes the folder that of a run
+        write_start(folder, config, objects, info)
     return teachers
-
-
-def _args_yaml(config: Config, objects: Run) -> str:
-    """All settings, ready to be a ``--config``, with comments on the backbones."""
-    lines = ["# Everything this run was started with; python run.py --config args.yaml --log_dir ... repeats it."]
-    lines += [f"# {role} backbone: {each.tag} (sha256 {each.sha256})" for role, each in objects.backbones.items()]
-    return "\n".join(lines) + "\n" + yaml.safe_dump(config.to_yaml_dict(), sort_keys=False) + ARGS_END
 
 
 def _log_start(config: Config, objects: Run) -> None:
@@ -171,7 +132,7 @@ def _log_start(config: Config, objects: Run) -> None:
     )
 
 
-def _advice(error: BaseException, config: Config) -> str | None:
+def _advice(error: BaseException) -> str | None:
     """Advice on an error that the machine's limits caused; None for any other error."""
     text = str(error)
     if "RANK" in os.environ and isinstance(error, RuntimeError) and lost_process(error):
@@ -180,15 +141,10 @@ def _advice(error: BaseException, config: Config) -> str | None:
             "resumes the run, with any number of processes."
         )
     if isinstance(error, MemoryError) or "out of memory" in text or "t allocate memory" in text:
-        share = config.data.batch_size // batch_shares(config)[0]  # which --accumulate divides
-        parts = next((n for n in range(config.accumulate + 1, share + 1) if share % n == 0), 0)
-        resume = [f"--accumulate {parts}, the same batch in smaller parts"] if parts else []
-        resume += ["fewer --workers"] if config.data.workers else []
-        restart = ["a smaller --batch_size"] if config.data.batch_size > 1 else []
-        restart += ["--precision bf16"] if config.precision in ("fp32", "tf32") else []
-        choices = [f"resume with {' or '.join(resume)}"] if resume else []
-        choices += [f"start a new run with {' or '.join(restart)}"] if restart else []
-        return f"Out of memory: {'; or '.join(choices) or 'use a machine with more of it'}."
+        return (
+            "Out of memory: resume with a larger --accumulate, the same batch in smaller parts, or fewer --workers; or "
+            "start a new run with a smaller --batch_size or --precision bf16."
+        )
     if "DataLoader worker" in text or "shared memory" in text:
         return "A process that loads data was ended from outside or had too little memory: resume with fewer --workers."
     return None

@@ -6,16 +6,17 @@ import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from learners.build import Run
-from learners.evaluate import evaluate, model_file
+from learners.evaluate import evaluate
 from learners.learner import TaskTraining
 from learners.meter import LossMeter, NonFiniteError, TrainingError
-from learners.results import History, write_results
+from learners.results import History, model_file, write_results
 from learners.signals import Signals, StoppedError
 from learners.teacher_cache import TeacherCache
 from utils.checkpoint import RunFolder, to_bytes
@@ -39,14 +40,8 @@ class Position(NamedTuple):
 class Trainer:
     """Teach a learner all tasks of a stream; a state is saved after every epoch.
 
-    Args:
-        config: settings of the run.
-        run: its objects.
-        folder: its files; None on processes that do not write.
-        signals: what the user asks for meanwhile.
-        progress: shows where the run is.
-        tensorboard: a SummaryWriter for the means of each epoch, or None.
-        teachers: trained teachers of another run, taken where it has them; or None, as on processes that do not write.
+    ``folder``, and ``teachers`` of ``--teacher_from``, are None on processes that do not write; ``tensorboard``, a
+    SummaryWriter for the means of each epoch, is None unless it is asked for.
     """
 
     def __init__(
@@ -82,10 +77,14 @@ class Trainer:
             RunFolderError: a file cannot be written; the last good state stays.
         """
         with self._writer:
-            position = self._restore(state) if state is not None else self._start_of(0)
+            position = self._restore(state) if state is not None else Position(0, self.roles[0])
             while position.task < self.run.num_tasks:
-                if position == self._start_of(position.task):
-                    self._begin_task(position.task)
+                if position == Position(position.task, self.roles[0]):
+                    try:
+                        self.learner.begin_task(position.task)
+                    except ValueError as error:
+                        reason = f"task {position.task + 1} cannot begin: {error} The last good state is kept."
+                        raise TrainingError(reason) from error
                 if position.role == EVALUATION:
                     position = self._evaluate(position)
                 elif position.role == "teacher" and position[2:] == (0, 0) and self._take_teacher(position.task):
@@ -95,13 +94,10 @@ class Trainer:
                 state = None
             self._wait_until_written()
 
-    def _start_of(self, task: int) -> Position:
-        return Position(task, self.roles[0])
-
     def _after(self, position: Position) -> Position:
         """The position after the last epoch of a role, or after an evaluation."""
         if position.role == EVALUATION:
-            return self._start_of(position.task + 1)
+            return Position(position.task + 1, self.roles[0])
         return Position(position.task, self.roles[self.roles.index(position.role) + 1])
 
     def _restore(self, state: Mapping[str, Any]) -> Position:
@@ -116,19 +112,14 @@ class Trainer:
             _log.info("Resuming at task %d, %s%s", position.task + 1, position.role, place)
         return position
 
-    def _begin_task(self, task: int) -> None:
-        try:
-            self.learner.begin_task(task)
-        except ValueError as error:
-            raise TrainingError(f"task {task + 1} cannot begin: {error} The last good state is kept.") from error
-
     def _take_teacher(self, task: int) -> bool:
         """Take the teacher, and the losses of its epochs, from the run of ``--teacher_from``, if it has them."""
         found = self.parallel.broadcast(self.teachers.find(task) if self.teachers is not None else None)
         if found is None:
             return False
-        self.learner.load_state("teacher", found.model)
-        for epoch, means in enumerate(found.losses):
+        model, losses = found
+        self.learner.load_state("teacher", model)
+        for epoch, means in enumerate(losses):
             self.history.add_epoch("teacher", task, epoch, means)
         _log.info("Task %d/%d: teacher taken from %s", task + 1, self.run.num_tasks, self.config.teacher_from)
         return True
@@ -243,7 +234,7 @@ class Trainer:
             return
         state = {
             "position": list(position),
-            "history": self.history.state(),
+            "history": asdict(self.history),
             "models": models,
             "training": training and training.state(),
             "meter": meter and meter.state(),

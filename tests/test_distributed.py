@@ -129,7 +129,7 @@ def test_teachers_of_other_data_are_refused_by_all_processes(config, copy, tmp_p
     [
         (["--random_s", "7"], "process 1 has other settings than process 0"),
         (["--log_interval", "3"], "process 1 has other --log_interval than process 0"),
-        (["--s_weights", "{root}/teacher.pth"], "process 1 has other settings and backbones than process 0"),
+        (["--s_weights", "{root}/teacher.pth"], "process 1 has other settings and backbone_sha256 than process 0"),
         (["--t_weights", "{root}/small.yaml"], "process 1: "),
     ],
 )
@@ -147,19 +147,12 @@ def problems(monkeypatch, gpus=0, **settings):
 
 
 def test_processes_without_a_device_of_their_own_are_refused(monkeypatch):
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "0" if name == "RANK" else "4")
-    assert "RANK is set, but not MASTER_ADDR, MASTER_PORT: start the processes by torchrun" in problems(monkeypatch)
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", "1")
     assert problems(monkeypatch) == problems(monkeypatch, gpus=4) == ""
     assert "4 processes on this machine need a GPU each, but there are 2 on this machine" in problems(monkeypatch, 2)
     assert "there are 2 of --gpuid: start at most 2" in problems(monkeypatch, 8, gpuid=(0, 1))
     assert problems(monkeypatch, gpus=2, gpuid=(-1,)) == problems(monkeypatch, gpus=2, device="cpu") == ""
-    monkeypatch.setattr(check.sys, "platform", "darwin")
-    assert "--device mps works in a single process" in problems(monkeypatch, device="mps")
 
 
 def test_compiled_steps_need_a_process_for_each_gpu(monkeypatch):

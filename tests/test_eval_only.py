@@ -13,8 +13,8 @@ import run
 from learners import evaluate
 from learners.build import build_run
 from learners.check import load_checked_config
-from learners.evaluate import load_model
 from learners.export import load_exported
+from learners.results import load_model
 from tests import runs
 from utils.checkpoint import METRICS, RunFolder
 from utils.parallel import Parallel

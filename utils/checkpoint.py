@@ -44,7 +44,7 @@ class RunFolder:
     @property
     def has_run(self) -> bool:
         """Whether a run has started here, be it damaged."""
-        return (self.root / ARGS).exists() and (self.root / CLASSES).exists()
+        return os.path.exists(self.root / ARGS) and os.path.exists(self.root / CLASSES)  # also if the name is too long
 
     def write(self, name: str, data: bytes) -> None:
         """Write one file (raises :class:`RunFolderError`)."""
@@ -122,7 +122,7 @@ def open_run(config: Config) -> Iterator[RunFolder]:
     """
     folder = RunFolder(config.log_dir)
     root = folder.root
-    new = [path for path in (root / LOG, root, *root.parents) if not path.exists()]
+    new = [path for path in (root / LOG, root, *root.parents) if not os.path.exists(path)]
     try:
         with contextlib.ExitStack() as stack:
             try:
@@ -136,7 +136,7 @@ def open_run(config: Config) -> Iterator[RunFolder]:
                 for path in root.rglob(f".*{_UNFINISHED}"):  # of a process that was killed
                     path.unlink()
             except OSError as error:
-                raise ConfigError(f"--log_dir {root} cannot be used ({error})") from error
+                raise ConfigError(f"--log_dir {root} cannot be used ({error}); choose another folder") from error
             yield folder
     finally:
         if not folder.has_run:

@@ -14,48 +14,42 @@ from utils.registry import Entry, Registry
 
 
 class ModelPair(NamedTuple):
-    """The two models and ``--kd_prompt_param``, which a KD method may restrict; unknown sizes are None."""
+    """The two models and ``--kd_prompt_param``, which a KD method may restrict."""
 
-    teacher: ViTSize | None
-    student: ViTSize | None
+    teacher: ViTSize
+    student: ViTSize
     kd_prompt_param: tuple[int, int]
 
 
 def equal_token_counts(pair: ModelPair) -> str | None:
     """The features of teacher and student are compared token by token."""
-    teacher, student = pair.teacher, pair.student
-    if teacher is None or student is None or teacher.num_tokens == student.num_tokens:
+    teacher, student = pair.teacher.num_tokens, pair.student.num_tokens
+    if teacher == student:
         return None
     return (
-        f"teacher and student must have equally many tokens, but have {teacher.num_tokens} (--t_model) and"
-        f" {student.num_tokens} (--s_model): choose models of the same image and patch size, or another KD method"
+        f"teacher and student must have equally many tokens, but have {teacher} (--t_model) and {student} (--s_model):"
+        " choose models of the same image and patch size, or another KD method"
     )
 
 
 def teacher_at_least_as_deep(pair: ModelPair) -> str | None:
     """Every block of the student is paired with one of the teacher's last blocks."""
-    teacher, student = pair.teacher, pair.student
-    if teacher is None or student is None or teacher.depth >= student.depth:
+    teacher, student = pair.teacher.depth, pair.student.depth
+    if teacher >= student:
         return None
     return (
-        f"the teacher must have at least as many blocks as the student, but has {teacher.depth} (--t_model) against"
-        f" {student.depth} (--s_model): choose a deeper teacher or another KD method"
+        f"the teacher must have at least as many blocks as the student, but has {teacher} (--t_model) against"
+        f" {student} (--s_model): choose a deeper teacher or another KD method"
     )
 
 
 def kd_prompt_fits(pair: ModelPair) -> str | None:
     """KD prompts belong to blocks of the student; one half of each is keys, the other values."""
-    (layers, length), student = pair.kd_prompt_param, pair.student
-    if student is not None and layers > student.depth:
-        return (
-            f"--kd_prompt_param: the first value (layers) must be 1 to {student.depth}, the number of blocks of"
-            f" --s_model, not {layers}"
-        )
+    (layers, length), depth = pair.kd_prompt_param, pair.student.depth
+    if layers > depth:
+        return f"--kd_prompt_param: the first value (layers) must be 1 to {depth}, the depth of --s_model, not {layers}"
     if length % 2:
-        return (
-            "--kd_prompt_param: the second value (length) must be even (one half keys, one half values), not"
-            f" {length}; the paper's is 6"
-        )
+        return f"--kd_prompt_param: the second value (length) must be even, such as the paper's 6, not {length}"
     return None
 
 
@@ -70,10 +64,6 @@ class DistillerEntry(Entry):
 
     requires: tuple[Callable[[ModelPair], str | None], ...] = ()
     needs_teacher: bool = True
-
-    def problems(self, pair: ModelPair) -> list[str]:
-        """One sentence for each requirement that ``pair`` does not meet."""
-        return [problem for require in self.requires if (problem := require(pair)) is not None]
 
 
 DISTILLERS: Registry[DistillerEntry] = Registry(

@@ -49,11 +49,6 @@ def test_classes_and_table_agree_on_the_teacher(name):
     assert DISTILLERS.load(name).needs_teacher == DISTILLERS[name].needs_teacher
 
 
-def test_number_of_tasks():
-    cases = {(100, 10, 10): 10, (100, 50, 10): 6, (100, 10, 40): 4, (9, 9, 7): 1, (100, 10, 10, True): 1}
-    assert {arguments: check.num_tasks_of(*arguments) for arguments in cases} == cases
-
-
 def test_pool_is_not_compared_where_all_classes_are_one_task():
     assert problems_of(learner_name="DualPrompt", other_split_size=10, upper_bound_flag=True) == []
 
@@ -80,11 +75,6 @@ def test_batch_divides_over_gpus_processes_and_parts(monkeypatch):
         monkeypatch.setenv(name, value)
     assert "by the 5 processes: use 60 or 65" in problems_of(batch_size=64)[0]
     assert "by the 5 processes: use 5" in problems_of(batch_size=3)[0]
-
-
-def test_folder_is_tried_without_leaving_anything(tmp_path):
-    assert problems_of(log_dir=tmp_path / "a" / "b") == []
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_paper_values_are_filled_in(tmp_path):
