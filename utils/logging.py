@@ -193,13 +193,11 @@ class Progress:
         self._line(logging.NOTSET, where, self._epoch_speed)
 
     def end_epoch(self) -> None:
-        """End the epoch."""
         self._epoch, self._step = self._epoch + 1, 0
         self._line(logging.DEBUG, f" epoch {self._epoch}/{self._epochs}", self._epoch_speed)
         self._draw()
 
     def end_training(self) -> None:
-        """End the training of this model."""
         took = duration(time.monotonic() - self._training_speed.started)
         self._line(logging.INFO, "", f"{self._training_speed}, took {took}")
 

@@ -139,13 +139,9 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def aggregate(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Every measure over several seeds.
+    """Every measure over several seeds: measure -> ``{"mean": float, "std": float | None, "n": int, "values": [...]}``.
 
-    Args:
-        models: the teacher's or the student's part of metrics.json, one per seed.
-
-    Returns:
-        measure -> ``{"mean": float, "std": float | None, "n": int, "values": [...]}``.
+    ``models`` holds the teacher's or the student's part of metrics.json, one per seed.
     """
     summary = {}
     for name in MEASURES:

@@ -20,8 +20,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from utils.checkpoint import RunFolderError
 from utils.config import ConfigError
 
-# Processes give up one that does not answer for this long. They notice at once when one dies, unless its whole machine
-# or network fails silently. Reading a batch, saving and evaluating take less.
+# Processes give up one that does not answer for this long; reading a batch, saving and evaluating take less. They
+# notice at once when one dies, unless its whole machine or network fails silently.
 TIMEOUT_S = 300.0
 
 # The option that keeps DDP from sending buffers before each step has a new name in newer versions of torch.
@@ -188,12 +188,7 @@ def choose_device(device: str | None, gpuids: Sequence[int] | None, local_rank: 
 def build_parallel(
     device: str | None, gpuids: Sequence[int] | None, *, alone: bool = False, timeout_s: float = TIMEOUT_S
 ) -> Parallel:
-    """Choose by the environment and the flags: torchrun's processes, several GPUs, or one device.
-
-    Args:
-        device, gpuids: as for :func:`choose_device`.
-        alone: do not join torchrun's group.
-    """
+    """torchrun's processes, several GPUs or one device, by the environment and the flags; ``alone`` joins no group."""
     in_group = "RANK" in os.environ and not alone
     chosen = choose_device(device, gpuids, int(os.environ.get("LOCAL_RANK", "0")) if in_group else 0)
     if chosen.type == "cuda":
