@@ -188,13 +188,8 @@ def _move_aside(root: Path) -> None:
 def check_settings(config: Config, *, resume: bool = True) -> None:
     """Compare the settings of the run in ``config.log_dir``, if there is one, with ``config``.
 
-    Args:
-        resume: the run is resumed, which may learn more tasks than it was started for; False where its models are
-            used, which takes exactly its settings.
-
-    Raises:
-        ConfigError: naming the settings that differ.
-        RunFolderError: ``args.yaml`` or ``classes.json`` is damaged.
+    Where the run is resumed it may learn more tasks than it was started for; the use of its models takes exactly its
+    settings. Raises ConfigError, which names the settings that differ, and RunFolderError for a damaged run.
     """
     changed = differing_settings(config)
     if resume and list(changed) == ["max_task"]:  # says when to stop and changes nothing else
@@ -238,8 +233,7 @@ def is_finished(config: Config) -> bool:
 def write_atomic(path: Path, data: bytes, *, previous: Path | None = None) -> None:
     """Write a file beside its place, flush it to the disk and move it there; the old one is kept as ``previous``.
 
-    Raises:
-        RunFolderError: the disk is full, the folder read-only, …; whatever was there before is untouched.
+    Raises RunFolderError for a full disk, a read-only folder, …; whatever was there before is then untouched.
     """
     temporary = path.with_name(f".{path.name}{_UNFINISHED}")
     try:

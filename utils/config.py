@@ -42,11 +42,7 @@ class Type(NamedTuple):
     alone: Any = None  # value of a flag without a value; None if it needs one
 
     def read(self, words: Sequence[object]) -> Any:
-        """The option's value.
-
-        Raises:
-            ValueError: the words are not allowed; the message continues a sentence that starts with the option.
-        """
+        """The option's value (raises ValueError, whose message continues a sentence that starts with the option)."""
         if not words and self.alone is not None:
             return self.alone
         if not words or (len(words) > 1 and not self.many):
@@ -388,11 +384,7 @@ class Parsed(NamedTuple):
 
 
 def parse_config(argv: Sequence[str]) -> Parsed:
-    """Read a command line and the YAML file it names, and check each value by itself.
-
-    What depends on several values, on the tables of other packages or on the machine is judged by
-    ``learners.check``.
-    """
+    """Read a command line and the YAML file it names, and check each value by itself; the rest is learners.check's."""
     parsed = Parsed({}, [], set())
     for key, words in _split_flags(argv, parsed.problems).items():
         parsed.read(OPTIONS[key], f"--{key}", words)
@@ -407,15 +399,13 @@ def parse_config(argv: Sequence[str]) -> Parsed:
 def _split_flags(argv: Sequence[str], problems: list[str]) -> dict[str, list[str]]:
     """Words of each known flag; a repeated flag counts as given last."""
     found, rest = argument_parser().parse_known_args(list(argv))
-    after_unknown_flag = False
-    for word in rest:
-        if word.startswith("-"):
-            name, after_unknown_flag = word.partition("=")[0], True
-            guess = nearest(name.lstrip("-"), list(OPTIONS))
-            hint = f"did you mean --{guess}?" if guess else "see --help"
-            problems.append(f"unknown flag {_show(name)[1:-1]}; {hint}")
-        elif not after_unknown_flag:
-            problems.append(f"{_show(word)} follows no flag; see --help")
+    unknown = [word.partition("=")[0] for word in rest if word.startswith("-")]
+    for name in unknown:
+        guess = nearest(name.lstrip("-"), OPTIONS)
+        hint = f"did you mean --{guess}?" if guess else "see --help"
+        problems.append(f"unknown flag {_show(name)[1:-1]}; {hint}")
+    if rest and not unknown:  # else they belong to the unknown flag
+        problems.append(f"{_show(rest[0])} follows no flag; see --help")
     return vars(found)
 
 
@@ -447,11 +437,7 @@ def _read_yaml(file: Path, parsed: Parsed, saved: bool) -> bool:
 
 
 def load_yaml(file: Path) -> dict[Any, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ValueError: the file is missing, no YAML, or holds something else; the message names it and the way out.
-    """
+    """The mapping in a YAML file (raises ValueError, whose message names the file and the way out)."""
     import yaml  # here, so that --help works before the packages are installed
 
     try:
@@ -505,10 +491,9 @@ def _missing_problems(parsed: Parsed, file: Path | None) -> list[str]:
 
 
 def argument_parser(epilog: str = "", *, for_help: bool = False) -> argparse.ArgumentParser:
-    """The parser that splits a command line, or the one that prints ``--help``.
+    """The parser that prints ``--help``, or the one that splits a command line.
 
-    The first takes any number of words for every flag, since a wrong number is no reason to overlook what else is
-    wrong; :class:`Type` judges it.
+    The latter takes any number of words for every flag; :class:`Type` judges them along with everything else.
     """
     parser = argparse.ArgumentParser(
         prog="python run.py",

@@ -36,8 +36,7 @@ class AccuracyMatrix:
     def set_row(self, task: int, accuracies: Sequence[float]) -> None:
         """Enter the accuracies (%) on tasks 0 … ``task`` after learning ``task``, in place of any entered before.
 
-        Raises:
-            ValueError: a row is skipped, the number of values is not ``task`` + 1, or one is outside 0 … 100.
+        Raises ValueError if a row is skipped, the number of values is not ``task`` + 1, or one is outside 0 … 100.
         """
         if not 0 <= task <= len(self.rows) or len(accuracies) != task + 1:
             raise ValueError(f"{len(accuracies)} accuracies after task {task} do not fit {len(self.rows)} rows before")

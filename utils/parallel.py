@@ -78,8 +78,7 @@ class Parallel:
     def all_or_none(self, action: Callable[[], T]) -> T:
         """Run ``action`` on all processes; if it cannot start on one, it fails on all.
 
-        Raises:
-            ConfigError: with the problems of all processes on the first one, and without any on the others.
+        Raises ConfigError, with the problems of all processes on the first one and without any on the others.
         """
         problems, result = [], None
         try:
@@ -171,11 +170,11 @@ def lost_process(error: RuntimeError) -> bool:
 
 
 def choose_device(device: str | None, gpuids: Sequence[int] | None, local_rank: int = 0) -> torch.device:
-    """The device of this process.
+    """The device of this process; with neither ``--device`` nor ``--gpuid``, a GPU where there is one.
 
     Args:
-        device: ``--device``, a kind ("cpu", "cuda", "mps") or a torch name ("cuda:1"), or None.
-        gpuids: ``--gpuid``; (-1,) is the CPU. With neither, a GPU where there is one.
+        device: "cpu", "cuda" or "mps", or a device's name in torch ("cuda:1").
+        gpuids: (-1,) is the CPU.
         local_rank: index of this process on its machine under torchrun.
     """
     if device not in (None, "cuda"):

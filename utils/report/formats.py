@@ -36,7 +36,10 @@ _CSV_NAMES = "dataset t_model s_model learner_name KD_method kd_prompt_param set
 _CSV_MEASURES = (*((name, "student") for name in MEASURES), ("final_average_accuracy", "teacher"))
 _CSV_OTHERS = "paper_accuracy paper_forgetting difference_accuracy difference_forgetting"
 _CSV_GAINS = "gain_over_none_mean gain_over_none_std gain_over_none_n"
-_CAPTION = "average accuracy (%) / forgetting (points) of the student; paper: the project page of arXiv 2407.13911"
+_CAPTION = (
+    "average accuracy (%) / forgetting (points) of the student, mean ± standard deviation over n seeds; paper: the "
+    "project page of arXiv 2407.13911."
+)
 _TEX = str.maketrans(
     {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
     | {">": r"\textgreater{}", "±": r"$\pm$", "−": "$-$", "–": "--", "→": r"$\to$"}
