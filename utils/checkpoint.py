@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -51,11 +52,7 @@ class RunFolder:
         write_atomic(self.root / name, data)
 
     def read(self, name: str) -> bytes:
-        """Content of a file.
-
-        Raises:
-            RunFolderError: it is missing, or a checksum of the archive that holds its tensors is wrong.
-        """
+        """Content of a file (raises :class:`RunFolderError`, also for a wrong checksum in an archive of tensors)."""
         path = self.root / name
         try:
             data = path.read_bytes()
@@ -88,21 +85,16 @@ class RunFolder:
         write_atomic(self.root / STATE, state, previous=self.root / PREVIOUS_STATE)
 
     def load_state(self) -> Any:
-        """The newest undamaged state; None if there never was one.
-
-        Raises:
-            RunFolderError: every state is damaged.
-        """
+        """The newest undamaged state, None if there never was one (raises :class:`RunFolderError`)."""
         problems = []
         for name in (name for name in (STATE, PREVIOUS_STATE) if (self.root / name).exists()):
             try:
                 state = from_bytes(self.read(name))
-            except RunFolderError as error:
-                problems.append(str(error))
-            else:
                 if problems:
                     _log.warning("%s; resuming from the state before it", problems[0])
                 return state
+            except RunFolderError as error:
+                problems.append(str(error))
         if problems:
             way_out = "Restore it from a copy; or --overwrite 1 moves the folder aside and starts over"
             raise RunFolderError(f"there is no state to resume from: {'; '.join(problems)}. {way_out}")
@@ -156,14 +148,10 @@ def _refuse_foreign(folder: RunFolder) -> None:
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Hold a run's folder; the system releases it when the process dies, however that happens.
+    """Hold a run's folder (raises ConfigError if another process does); the system releases it when the process dies.
 
     The lock is a record lock, which belongs to the process: workers forked from it do not keep it alive. The file
     names process and host for the message that others get.
-
-    Raises:
-        ConfigError: another process holds it.
-        OSError: it cannot be made.
     """
     path = root.resolve() / LOCK
     with open(path, "r+", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT, 0o666)) as file:
@@ -188,9 +176,8 @@ def _locked(root: Path) -> Iterator[None]:
 
 def _move_aside(root: Path) -> None:
     """Move a folder to a free name beside it: ``<name>.old-1``, …"""
-    number = 1
-    while (target := root.with_name(f"{root.name}.old-{number}")).exists():
-        number += 1
+    names = (root.with_name(f"{root.name}.old-{number}") for number in itertools.count(1))
+    target = next(path for path in names if not path.exists())
     if Path.cwd().is_relative_to(root):
         raise ConfigError(f"cannot move {root}, because it is the current folder: start from another one")
     os.rename(root, target)
@@ -201,13 +188,8 @@ def _move_aside(root: Path) -> None:
 def check_settings(config: Config, *, resume: bool = True) -> None:
     """Compare the settings of the run in ``config.log_dir``, if there is one, with ``config``.
 
-    Args:
-        resume: the run is resumed, which may learn more tasks than it was started for; False where its models are
-            used, which takes exactly its settings.
-
-    Raises:
-        ConfigError: naming the settings that differ.
-        RunFolderError: ``args.yaml`` or ``classes.json`` is damaged.
+    Where the run is resumed it may learn more tasks than it was started for; the use of its models takes exactly its
+    settings. Raises ConfigError, which names the settings that differ, and RunFolderError for a damaged run.
     """
     changed = differing_settings(config)
     if resume and list(changed) == ["max_task"]:  # says when to stop and changes nothing else
@@ -249,13 +231,9 @@ def is_finished(config: Config) -> bool:
 
 
 def write_atomic(path: Path, data: bytes, *, previous: Path | None = None) -> None:
-    """Write a file beside its place, flush it to the disk and move it there.
+    """Write a file beside its place, flush it to the disk and move it there; the old one is kept as ``previous``.
 
-    Args:
-        previous: where the file that was there before is kept.
-
-    Raises:
-        RunFolderError: the disk is full, the folder read-only, …; whatever was there before is untouched.
+    Raises RunFolderError for a full disk, a read-only folder, …; whatever was there before is then untouched.
     """
     temporary = path.with_name(f".{path.name}{_UNFINISHED}")
     try:
@@ -292,11 +270,7 @@ def to_bytes(state: Any) -> bytes:
 
 
 def from_bytes(data: bytes) -> Any:
-    """Load the result of :func:`to_bytes` to the CPU without running code from it (``weights_only``).
-
-    Raises:
-        RunFolderError: it is something else.
-    """
+    """Load the result of :func:`to_bytes` to the CPU without running code from it (raises :class:`RunFolderError`)."""
     import torch
 
     try:

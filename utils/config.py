@@ -7,6 +7,7 @@ Every option is one field of a dataclass below, which is at once its flag, its Y
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -31,30 +32,17 @@ class ConfigError(ValueError):
 
 
 class Type(NamedTuple):
-    """The values that an option takes.
+    """The values that an option takes."""
 
-    Attributes:
-        allowed: the values in words, for ``--help`` and after "must be" in messages.
-        metavar: placeholder of a value in ``--help``.
-        parse: turns one word of the command line or one YAML scalar into a value, None if it is not allowed.
-        many: whether the option takes a list of values rather than exactly one.
-        holds: whether a list is allowed, given that each of its values is.
-        alone: value of a flag without a value; None if it needs one.
-    """
-
-    allowed: str
-    metavar: str
-    parse: Callable[[object], Any]
-    many: bool = False
-    holds: Callable[[tuple], bool] = bool
-    alone: Any = None
+    allowed: str  # in words, for --help and after "must be" in messages
+    metavar: str  # placeholder of a value in --help
+    parse: Callable[[object], Any]  # turns a word of the command line or a YAML scalar into a value; None: not allowed
+    many: bool = False  # a list of values rather than exactly one
+    holds: Callable[[tuple], bool] = bool  # whether a list is allowed, given that each of its values is
+    alone: Any = None  # value of a flag without a value; None if it needs one
 
     def read(self, words: Sequence[object]) -> Any:
-        """The option's value.
-
-        Raises:
-            ValueError: the words are not allowed; the message continues a sentence that starts with the option.
-        """
+        """The option's value (raises ValueError, whose message continues a sentence that starts with the option)."""
         if not words and self.alone is not None:
             return self.alone
         if not words or (len(words) > 1 and not self.many):
@@ -81,11 +69,10 @@ def _number(item: object, holds: Callable[[float], bool]) -> float | None:
     """``item`` as a finite number for which ``holds`` is true, or None. YAML 1.1 reads ``1e-3`` as a string."""
     if isinstance(item, bool) or not isinstance(item, (int, float, str)):
         return None
-    try:
-        number = float(item)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) and holds(number) else None
+    with contextlib.suppress(ValueError, OverflowError):
+        if math.isfinite(number := float(item)) and holds(number):
+            return number
+    return None
 
 
 def real(allowed: str = "a number", holds: Callable[[float], bool] = lambda number: True) -> Type:
@@ -145,27 +132,17 @@ RANGE = many(SHARE, TWO + ", the smaller first", lambda values: len(values) == 2
 
 
 class Option(NamedTuple):
-    """One setting.
+    """One setting."""
 
-    Attributes:
-        default: value where neither flag nor YAML key is given; None for no value.
-        type, group, help: allowed values, part of ``--help`` and text there.
-        key: flag and YAML key; empty where a field declares it under its own name.
-        paper: the paper's value, for ``--help``.
-        in_yaml: False for a flag that is no YAML key.
-        affects_results: whether the value decides a run's results, so that a resume must not change it.
-        section, name: field of :class:`Config`, or of its part ``section``.
-    """
-
-    default: Any
+    default: Any  # where neither flag nor YAML key is given; None for no value
     type: Type
-    group: str
+    group: str  # part of --help
     help: str
-    key: str = ""
-    paper: str = ""
-    in_yaml: bool = True
-    affects_results: bool = True
-    section: str = ""
+    key: str = ""  # flag and YAML key; empty where a field declares it under its own name
+    paper: str = ""  # the paper's value, for --help
+    in_yaml: bool = True  # False for a flag that is no YAML key
+    affects_results: bool = True  # decides a run's results, so a resume must not change it
+    section: str = ""  # field of Config that holds the field ``name``; empty for Config itself
     name: str = ""
 
     def value(self, config: Config) -> Any:
@@ -197,8 +174,7 @@ class DistillConfig:
     """The KD method and its parameters."""
 
     method: str = option(
-        "KD", text("a KD method"), METHOD, "how the student learns from the teacher", key="KD_method",
-        paper="each of them")
+        "KD", text("a KD method"), METHOD, "how the student is taught", key="KD_method", paper="each of them")
     prompt_param: tuple[int, int] = option(
         (12, 6), PAIR, METHOD, "KD_Token: number of student blocks and length (even) of the KD prompts",
         key="kd_prompt_param", paper="12 6")
@@ -254,7 +230,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run under readable names."""
+    """All settings of a run."""
 
     config: Path | None = flag(None, path("a YAML file"), RUN, "YAML file with any of these settings")
     log_dir: Path | None = neutral(None, path("a folder"), RUN, "folder of the run's results; needed for training")
@@ -285,8 +261,7 @@ class Config:
     student_weights: Path | None = option(
         None, path("a file"), MODELS, "the student's weights from a file; default: its own", key="s_weights")
     teacher_from: Path | None = flag(
-        None, path("a folder"), MODELS,
-        "log_dir of a run with another KD method: use its trained teachers, which are the same")
+        None, path("a folder"), MODELS, "log_dir of a run with another KD method, whose trained teachers to use")
     init_from: Path | None = option(
         None, path("a folder"), MODELS, "folder with T_class.pth and S_class.pth to start from")
 
@@ -401,8 +376,7 @@ class Parsed(NamedTuple):
     def refuse(self, key: str, problem: str) -> None:
         """Note that a key has no allowed value."""
         self.problems.append(problem)
-        if key not in self.values:
-            self.invalid_keys.add(key)
+        self.invalid_keys.update({key} - self.values.keys())
 
     def config(self) -> Config:
         """The configuration, with defaults in place of what is missing or wrong."""
@@ -410,11 +384,7 @@ class Parsed(NamedTuple):
 
 
 def parse_config(argv: Sequence[str]) -> Parsed:
-    """Read a command line and the YAML file it names, and check each value by itself.
-
-    What depends on several values, on the tables of other packages or on the machine is judged by
-    ``learners.check``.
-    """
+    """Read a command line and the YAML file it names, and check each value by itself; the rest is learners.check's."""
     parsed = Parsed({}, [], set())
     for key, words in _split_flags(argv, parsed.problems).items():
         parsed.read(OPTIONS[key], f"--{key}", words)
@@ -429,15 +399,13 @@ def parse_config(argv: Sequence[str]) -> Parsed:
 def _split_flags(argv: Sequence[str], problems: list[str]) -> dict[str, list[str]]:
     """Words of each known flag; a repeated flag counts as given last."""
     found, rest = argument_parser().parse_known_args(list(argv))
-    after_unknown_flag = False
-    for word in rest:
-        if word.startswith("-"):
-            name, after_unknown_flag = word.partition("=")[0], True
-            guess = nearest(name.lstrip("-"), list(OPTIONS))
-            hint = f"did you mean --{guess}?" if guess else "see --help"
-            problems.append(f"unknown flag {_show(name)[1:-1]}; {hint}")
-        elif not after_unknown_flag:
-            problems.append(f"{_show(word)} follows no flag; see --help")
+    unknown = [word.partition("=")[0] for word in rest if word.startswith("-")]
+    for name in unknown:
+        guess = nearest(name.lstrip("-"), OPTIONS)
+        hint = f"did you mean --{guess}?" if guess else "see --help"
+        problems.append(f"unknown flag {_show(name)[1:-1]}; {hint}")
+    if rest and not unknown:  # else they belong to the unknown flag
+        problems.append(f"{_show(rest[0])} follows no flag; see --help")
     return vars(found)
 
 
@@ -446,10 +414,9 @@ def _read_yaml(file: Path, parsed: Parsed, saved: bool) -> bool:
 
     A file ``saved`` by a run may come from a machine with other devices and folders, so these are left out.
     """
-    if saved and not file.exists():
-        parsed.problems.append(f"--log_dir: {file.parent} is not the folder of a run, it has no {file.name}")
-        return False
     try:
+        if saved and not file.exists():
+            raise ValueError(f"--log_dir: {file.parent} is not the folder of a run, it has no {file.name}")
         settings = load_yaml(file)
     except ValueError as error:
         parsed.problems.append(str(error))
@@ -470,11 +437,7 @@ def _read_yaml(file: Path, parsed: Parsed, saved: bool) -> bool:
 
 
 def load_yaml(file: Path) -> dict[Any, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ValueError: the file is missing, no YAML, or holds something else; the message names it and the way out.
-    """
+    """The mapping in a YAML file (raises ValueError, whose message names the file and the way out)."""
     import yaml  # here, so that --help works before the packages are installed
 
     try:
@@ -528,10 +491,9 @@ def _missing_problems(parsed: Parsed, file: Path | None) -> list[str]:
 
 
 def argument_parser(epilog: str = "", *, for_help: bool = False) -> argparse.ArgumentParser:
-    """The parser that splits a command line, or the one that prints ``--help``.
+    """The parser that prints ``--help``, or the one that splits a command line.
 
-    The first takes any number of words for every flag, since a wrong number is no reason to overlook what else is
-    wrong; :class:`Type` judges it.
+    The latter takes any number of words for every flag; :class:`Type` judges them along with everything else.
     """
     parser = argparse.ArgumentParser(
         prog="python run.py",
@@ -557,7 +519,6 @@ def argument_parser(epilog: str = "", *, for_help: bool = False) -> argparse.Arg
 
 
 def _help_text(each: Option) -> str:
-    """The explanation of one flag."""
     notes = [] if each.type.metavar in ("NAME", "PATH") and " | " not in each.type.allowed else [each.type.allowed]
     if each.default not in (None, ()):
         values = each.default if isinstance(each.default, tuple) else [each.default]

@@ -58,14 +58,10 @@ class _FileHandler(_Handler, logging.FileHandler):
 
 
 def setup_logging(log_file: Path | None, *, main: bool = True) -> None:
-    """Send the project's log to the console and to a file; a second call replaces what the first set up.
+    """Send the project's log to the console and to the end of ``log_file``; a second call replaces the first.
 
-    Args:
-        log_file: output.log, appended to when it exists; None for the console alone.
-        main: False on the other processes of a distributed run, which write no file and only warnings.
-
-    Raises:
-        OSError: the file cannot be written.
+    ``main`` is False on the other processes of a distributed run, which write no file and only warnings. Raises
+    OSError where the file cannot be written.
     """
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
@@ -150,7 +146,6 @@ class Progress:
 
     Args:
         enabled: whether to draw bars; None draws them when the standard error is a terminal.
-        num_tasks: tasks of the whole run.
         roles: the models that each task trains, in order: ("teacher", "student") or ("student",).
     """
 
@@ -193,13 +188,11 @@ class Progress:
         self._line(logging.NOTSET, where, self._epoch_speed)
 
     def end_epoch(self) -> None:
-        """End the epoch."""
         self._epoch, self._step = self._epoch + 1, 0
         self._line(logging.DEBUG, f" epoch {self._epoch}/{self._epochs}", self._epoch_speed)
         self._draw()
 
     def end_training(self) -> None:
-        """End the training of this model."""
         took = duration(time.monotonic() - self._training_speed.started)
         self._line(logging.INFO, "", f"{self._training_speed}, took {took}")
 

@@ -36,8 +36,7 @@ class AccuracyMatrix:
     def set_row(self, task: int, accuracies: Sequence[float]) -> None:
         """Enter the accuracies (%) on tasks 0 … ``task`` after learning ``task``, in place of any entered before.
 
-        Raises:
-            ValueError: a row is skipped, the number of values is not ``task`` + 1, or one is outside 0 … 100.
+        Raises ValueError if a row is skipped, the number of values is not ``task`` + 1, or one is outside 0 … 100.
         """
         if not 0 <= task <= len(self.rows) or len(accuracies) != task + 1:
             raise ValueError(f"{len(accuracies)} accuracies after task {task} do not fit {len(self.rows)} rows before")
@@ -139,13 +138,9 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def aggregate(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Every measure over several seeds.
+    """Every measure over several seeds: measure -> ``{"mean": float, "std": float | None, "n": int, "values": [...]}``.
 
-    Args:
-        models: the teacher's or the student's part of metrics.json, one per seed.
-
-    Returns:
-        measure -> ``{"mean": float, "std": float | None, "n": int, "values": [...]}``.
+    ``models`` holds the teacher's or the student's part of metrics.json, one per seed.
     """
     summary = {}
     for name in MEASURES:

@@ -20,8 +20,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from utils.checkpoint import RunFolderError
 from utils.config import ConfigError
 
-# Processes give up one that does not answer for this long. They notice at once when one dies, unless its whole machine
-# or network fails silently. Reading a batch, saving and evaluating take less.
+# Processes give up one that does not answer for this long; reading a batch, saving and evaluating take less. They
+# notice at once when one dies, unless its whole machine or network fails silently.
 TIMEOUT_S = 300.0
 
 # The option that keeps DDP from sending buffers before each step has a new name in newer versions of torch.
@@ -78,8 +78,7 @@ class Parallel:
     def all_or_none(self, action: Callable[[], T]) -> T:
         """Run ``action`` on all processes; if it cannot start on one, it fails on all.
 
-        Raises:
-            ConfigError: with the problems of all processes on the first one, and without any on the others.
+        Raises ConfigError, with the problems of all processes on the first one and without any on the others.
         """
         problems, result = [], None
         try:
@@ -171,11 +170,11 @@ def lost_process(error: RuntimeError) -> bool:
 
 
 def choose_device(device: str | None, gpuids: Sequence[int] | None, local_rank: int = 0) -> torch.device:
-    """The device of this process.
+    """The device of this process; with neither ``--device`` nor ``--gpuid``, a GPU where there is one.
 
     Args:
-        device: ``--device``, a kind ("cpu", "cuda", "mps") or a torch name ("cuda:1"), or None.
-        gpuids: ``--gpuid``; (-1,) is the CPU. With neither, a GPU where there is one.
+        device: "cpu", "cuda" or "mps", or a device's name in torch ("cuda:1").
+        gpuids: (-1,) is the CPU.
         local_rank: index of this process on its machine under torchrun.
     """
     if device not in (None, "cuda"):
@@ -188,12 +187,7 @@ def choose_device(device: str | None, gpuids: Sequence[int] | None, local_rank: 
 def build_parallel(
     device: str | None, gpuids: Sequence[int] | None, *, alone: bool = False, timeout_s: float = TIMEOUT_S
 ) -> Parallel:
-    """Choose by the environment and the flags: torchrun's processes, several GPUs, or one device.
-
-    Args:
-        device, gpuids: as for :func:`choose_device`.
-        alone: do not join torchrun's group.
-    """
+    """torchrun's processes, several GPUs or one device, by the environment and the flags; ``alone`` joins no group."""
     in_group = "RANK" in os.environ and not alone
     chosen = choose_device(device, gpuids, int(os.environ.get("LOCAL_RANK", "0")) if in_group else 0)
     if chosen.type == "cuda":

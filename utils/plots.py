@@ -18,8 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-Curves = Mapping[str, Sequence[Sequence[float]]]
-
 _STYLE = {
     "teacher": {"color": "#0072B2", "marker": "s", "linestyle": "--"},
     "student": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
@@ -48,32 +46,16 @@ _RC = {
 
 
 def draw(metrics: Mapping[str, Any]) -> dict[str, bytes]:
-    """The pictures of one run.
+    """The pictures of one run, from the content of metrics.json.
 
-    Args:
-        metrics: content of metrics.json.
-
-    Returns:
-        accuracy.png, accuracy_matrix.png and, where there is something to show, losses.png and prompt_usage.png.
+    accuracy.png and accuracy_matrix.png; losses.png and prompt_usage.png where there is something to show.
     """
     figures = {"accuracy.png": _accuracy, "accuracy_matrix.png": _matrices}
     if _roles(metrics["losses"]):
         figures["losses.png"] = _losses
     if any(task for role in _roles(metrics["prompt_usage"]) for task in metrics["prompt_usage"][role]):
         figures["prompt_usage.png"] = _prompt_usage
-    return {name: _png(figure, metrics) for name, figure in figures.items()}
-
-
-def curves_png(title: str, curves: Curves, limits: tuple[float, float], tasks: int) -> bytes:
-    """acc_i over the tasks of several runs: every run thin, the mean of the complete ones thick.
-
-    Args:
-        title: above the picture.
-        curves: by role, one list of acc_i (%) per run; shorter than ``tasks`` for an unfinished one.
-        limits: range of the accuracy axis (%), the same for pictures that are to be compared.
-        tasks: length of the task axis, likewise.
-    """
-    return _png(_curves, title, curves, limits, tasks)
+    return {name: png(figure, metrics) for name, figure in figures.items()}
 
 
 def accuracy_limits(curves: Iterable[Sequence[float]]) -> tuple[float, float]:
@@ -86,7 +68,8 @@ def accuracy_limits(curves: Iterable[Sequence[float]]) -> tuple[float, float]:
     return max(middle - half, -1.0), min(middle + half, 101.0)
 
 
-def _png(make_figure: Callable[..., Figure], *arguments: Any) -> bytes:
+def png(make_figure: Callable[..., Figure], *arguments: Any) -> bytes:
+    """The bytes of the figure that ``make_figure(*arguments)`` makes."""
     with style.context(["default", _RC]):
         figure = make_figure(*arguments)
         # Laid out once: with a layout engine set, savefig would lay out and draw everything twice.
@@ -113,29 +96,33 @@ def _whole_numbers(most: int) -> MaxNLocator:
 
 
 def _task_axis(axes: Axes, tasks: int, label: str) -> None:
-    axes.set_xlim(0.5, tasks + 0.5)
+    axes.set(xlim=(0.5, tasks + 0.5), xlabel=label)
     axes.xaxis.set_major_locator(_whole_numbers(20))
-    axes.set_xlabel(label)
 
 
 def _accuracy(metrics: Mapping[str, Any]) -> Figure:
-    figure = Figure(figsize=(6.4, 4.0))
-    axes = figure.subplots()
+    axes = Figure(figsize=(6.4, 4.0)).subplots()
     curves = {role: metrics[role]["average_accuracy"] for role in _roles(metrics)}
     for role, values in curves.items():
         label = f"{role}, {values[-1]:.1f} % at the end"
         axes.plot(range(1, len(values) + 1), values, label=label, **_STYLE[role])
     _task_axis(axes, metrics["num_tasks"], "Tasks learned")
-    axes.set_ylabel("Mean accuracy on all tasks seen (%)")
-    axes.set_ylim(*accuracy_limits(curves.values()))
-    axes.set_title(_title(metrics))
+    limits = accuracy_limits(curves.values())
+    axes.set(title=_title(metrics), ylabel="Mean accuracy on all tasks seen (%)", ylim=limits)
     axes.legend()
-    return figure
+    return axes.figure
 
 
-def _curves(title: str, curves: Curves, limits: tuple[float, float], tasks: int) -> Figure:
-    figure = Figure(figsize=(4.4, 3.1))
-    axes = figure.subplots()
+def draw_curves(
+    title: str, curves: Mapping[str, Sequence[Sequence[float]]], limits: tuple[float, float], tasks: int
+) -> Figure:
+    """acc_i over the tasks of several runs: every run thin, the mean of the complete ones thick.
+
+    Args:
+        curves: by role, one list of acc_i (%) per run; shorter than ``tasks`` for an unfinished one.
+        limits, tasks: range (%) of the accuracy axis and length of the task axis; equal in pictures to be compared.
+    """
+    axes = Figure(figsize=(4.4, 3.1)).subplots()
     for role in _roles(curves):
         runs, look = curves[role], _STYLE[role]
         for values in runs:
@@ -148,11 +135,9 @@ def _curves(title: str, curves: Curves, limits: tuple[float, float], tasks: int)
         label = role if len(runs) == 1 else f"{role}, {counted}"
         axes.plot(range(1, len(mean) + 1), mean, label=label, **look)
     _task_axis(axes, tasks, "Tasks learned")
-    axes.set_ylabel("Accuracy on tasks seen (%)")
-    axes.set_ylim(*limits)
-    axes.set_title(title)
+    axes.set(title=title, ylabel="Accuracy on tasks seen (%)", ylim=limits)
     axes.legend(fontsize=9)
-    return figure
+    return axes.figure
 
 
 def _heat_map(axes: Axes, rows: Sequence[Sequence[float]], size: tuple[int, int], **options: Any) -> Any:
@@ -177,10 +162,10 @@ def _matrices(metrics: Mapping[str, Any]) -> Figure:
             for j, value in enumerate(row, 1):
                 axes.text(j, i, f"{value:.0f}", color="black" if value > 60 else "white", **cell)
         accuracy, forgetting = metrics[role]["final_average_accuracy"], metrics[role]["forgetting"]
-        axes.set_title(f"{role}: {accuracy:.1f} %, forgetting {forgetting:.1f} points")
+        title = f"{role}: {accuracy:.1f} %, forgetting {forgetting:.1f} points"
+        axes.set(title=title, ylabel="After learning task")
         _task_axis(axes, tasks, "Evaluated on task")
         axes.yaxis.set_major_locator(_whole_numbers(20))
-        axes.set_ylabel("After learning task")
     figure.colorbar(image, ax=list(panels), label="Accuracy (%)", shrink=0.9)
     return figure
 

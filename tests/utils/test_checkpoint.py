@@ -3,6 +3,7 @@
 import os
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,17 +23,14 @@ from utils.checkpoint import (
 from utils.config import Config, ConfigError
 
 
-def fail(*_):
-    raise OSError(28, "No space left on device")
-
-
 @pytest.mark.parametrize("operation", ["fsync", "replace"])
 def test_a_new_file_replaces_the_old_one_or_leaves_it(operation, tmp_path, monkeypatch):
     for data in (b"old", b"new"):
         write_atomic(tmp_path / "a/b", data)
         assert (tmp_path / "a/b").read_bytes() == data
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
-    monkeypatch.setattr(os, operation, fail)
+    error = OSError(28, "No space left on device")
+    monkeypatch.setattr(os, operation, Mock(side_effect=error))
     with pytest.raises(RunFolderError, match="cannot write .*b: No space left on device"):
         write_atomic(tmp_path / "a/b", b"newest")
     assert (tmp_path / "a/b").read_bytes() == b"new"
@@ -91,8 +89,7 @@ def test_the_current_folder_is_not_moved(tmp_path, monkeypatch):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="because it is the current folder"):
-        with open_run(Config(log_dir=Path("."), overwrite=True)):
-            pass
+        open_run(Config(log_dir=Path("."), overwrite=True)).__enter__()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["args.yaml", "classes.json"]
 
 

@@ -178,10 +178,10 @@ class Replicas(nn.Module):
             return gather(list(threads.map(apply, replicas, scattered)), 0)
 
 
-class OnReplicas(Parallel):
-    def __init__(self, parts: int) -> None:
-        super().__init__(torch.device("cpu"))
-        self.wrap = lambda step: Replicas(step, parts)
+def on_replicas(parts: int) -> Parallel:
+    where = Parallel(torch.device("cpu"))
+    where.wrap = lambda step: Replicas(step, parts)
+    return where
 
 
 @pytest.fixture
@@ -206,13 +206,13 @@ def data_parallel_on_cpu(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_replicas_compute_the_gradient_of_one_device(case, data_parallel_on_cpu):
-    assert compare(case, OnReplicas(2))[0] < 1e-9
+    assert compare(case, on_replicas(2))[0] < 1e-9
 
 
 @pytest.mark.parametrize("images", [1, 5])
 def test_replicas_count_the_same_answers(images, data_parallel_on_cpu):
     """Also when the last images of a test set are fewer than the devices."""
-    assert_same_counts((OnReplicas(3), CPU), small.batch_of(0, torch.float64, size=images))
+    assert_same_counts((on_replicas(3), CPU), small.batch_of(0, torch.float64, size=images))
 
 
 def assert_same_counts(places, batch):
@@ -223,21 +223,18 @@ def assert_same_counts(places, batch):
     assert results.not_finite.sum() == expected.not_finite == 0
 
 
-@pytest.mark.parametrize(
-    ("device", "gpuids", "local_rank", "gpus", "chosen"),
-    [
-        (None, None, 0, 0, "cpu"),
-        (None, None, 1, 2, "cuda:1"),
-        (None, (-1,), 0, 2, "cpu"),
-        (None, (2, 3), 1, 4, "cuda:3"),
-        ("cpu", None, 1, 2, "cpu"),
-        ("cuda", (1,), 0, 2, "cuda:1"),
-        ("mps", None, 0, 0, "mps"),
-    ],
-)
-def test_device_of_a_process(device, gpuids, local_rank, gpus, chosen, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    assert choose_device(device, gpuids, local_rank) == torch.device(chosen)
+def test_device_of_a_process(monkeypatch):
+    assert choose_device("mps", None) == torch.device("mps")
+    for available, arguments, chosen in (
+        (False, (None, None), "cpu"),
+        (True, (None, None, 1), "cuda:1"),
+        (True, (None, (-1,)), "cpu"),
+        (True, (None, (2, 3), 1), "cuda:3"),
+        (True, ("cpu", None, 1), "cpu"),
+        (True, ("cuda", (1,)), "cuda:1"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert choose_device(*arguments) == torch.device(chosen)
 
 
 def test_kind_of_parallelism(monkeypatch):

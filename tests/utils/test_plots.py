@@ -44,22 +44,17 @@ def test_losses_have_a_total_and_one_colour_per_term_in_all_panels():
     metrics = metrics_of(2)
     epoch = {"accuracy": 50.0, "ce": 1.0, "distill": None, "gradient": 9.0, "loss": 2.0, "prompt": 0.0}
     metrics["losses"]["student"] = [[epoch], [epoch]]
-    colours = [
-        {line.get_label(): line.get_color() for line in axes.get_legend().get_lines()}
-        for axes in plots._losses(metrics).axes
-    ]
+    legends = [axes.get_legend().get_lines() for axes in plots._losses(metrics).axes]
+    colours = [{line.get_label(): line.get_color() for line in lines} for lines in legends]
     assert [list(of) for of in colours] == [["cross-entropy", "prompts"], ["total", "cross-entropy", "distillation"]]
     assert colours[0]["cross-entropy"] == colours[1]["cross-entropy"] and len(set(colours[1].values())) == 3
     assert plots._loss_terms([[{"ce": 1.0, "loss": 1.0, "prompt": 0.0}]]) == ["ce"]
 
 
-@pytest.mark.parametrize(
-    "row, label",
-    [([0.5, 0.5, 0], "Share of images"), ([0.5, 0.4, 0], "Mean weight"), ([-0.5, 0.5, 1], "Mean weight")],
-)
-def test_usage_is_a_share_or_a_weight(row, label):
-    metrics = metrics_of(1, teacher=False) | {"prompt_usage": {"student": [{"block 0": row}]}}
-    assert plots._prompt_usage(metrics).axes[-1].get_ylabel() == label
+def test_usage_is_a_share_or_a_weight():
+    for row, label in {(0.5, 0.5, 0): "Share of images", (0.5, 0.4): "Mean weight", (-0.5, 1.5): "Mean weight"}.items():
+        metrics = metrics_of(1, teacher=False) | {"prompt_usage": {"student": [{"block 0": row}]}}
+        assert plots._prompt_usage(metrics).axes[-1].get_ylabel() == label
 
 
 @pytest.mark.parametrize(
@@ -71,7 +66,7 @@ def test_usage_is_a_share_or_a_weight(row, label):
     ],
 )
 def test_curves_of_several_runs(tasks, runs, mean):
-    line = plots._curves("KD", {"teacher": [], "student": runs}, (60.0, 90.0), tasks).axes[0].lines[-1]
+    line = plots.draw_curves("KD", {"teacher": [], "student": runs}, (60.0, 90.0), tasks).axes[0].lines[-1]
     assert (list(line.get_ydata()), line.get_label()) == mean
 
 

@@ -37,7 +37,7 @@ _CSV_MEASURES = (*((name, "student") for name in MEASURES), ("final_average_accu
 _CSV_OTHERS = "paper_accuracy paper_forgetting difference_accuracy difference_forgetting"
 _CSV_GAINS = "gain_over_none_mean gain_over_none_std gain_over_none_n"
 _CAPTION = (
-    r"average accuracy (\%) / forgetting (points) of the student, mean$_{\pm\mathrm{std}}$ over $n$ seeds; paper: the "
+    "average accuracy (%) / forgetting (points) of the student, mean ± standard deviation over n seeds; paper: the "
     "project page of arXiv 2407.13911."
 )
 _TEX = str.maketrans(
@@ -55,7 +55,7 @@ class Text(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A heading and what follows it: a paragraph, a table and pictures, as far as there are any."""
+    """A heading, and the paragraph, table and pictures below it, as far as there are any."""
 
     level: int
     title: str
@@ -74,8 +74,7 @@ def compose(
     sections = [Section(1, TITLE, f"{ABOUT} {_ABOUT_PAPER}" if has_paper else ABOUT)]
     for dataset, lines in tables.items():
         sections += [_results(dataset, lines), _gains(lines)]
-        for line in (line for line in lines if line.runs):
-            sections.append(Section(3, f"{line.row.models}, {line.name}: accuracy after each task", curves=line))
+        sections += [Section(3, f"{line.name}: accuracy after each task", curves=line) for line in lines if line.runs]
     sections.append(Section(2, "Runs", head=(*_RUN, "state"), rows=[_run(run) for run in runs]))
     rows = [[[Text(folder)], [Text(reason)]] for folder, reason in unused]
     sections.append(Section(2, "Folders not used", head=("folder", "reason"), rows=rows))
@@ -121,7 +120,6 @@ def _cell(cell: Cell, style: str) -> list[Text]:
 
 
 def _run(run: Run) -> list[list[Text]]:
-    """The cells of a run in the table of all runs."""
     names = [run.folder, run.row.dataset, run.row.models, run.row.learner, run.column, str(run.seed)]
     tasks = Text(f"{run.tasks_done} of {run.num_tasks}", "value")
     teacher = run.models["teacher"]["final_average_accuracy"] if "teacher" in run.models else None
@@ -153,7 +151,7 @@ def markdown(sections: Sequence[Section]) -> str:
             lines += [f"{'#' * section.level} {_md(section.title)}", ""]
             lines += [_md(section.about), ""] if section.about else []
             head = [[_md(title) for title in section.head], ["---"] * len(section.head)] if section.head else []
-            rows = [*head, *([_join(cell, _md_text, "<br>") for cell in row] for row in section.rows)]
+            rows = [*head, *([_join(cell, _md, "**{}**", "<br>") for cell in row] for row in section.rows)]
             lines += [*("| " + " | ".join(row) + " |" for row in rows), ""]
     return "\n".join(lines)
 
@@ -162,14 +160,13 @@ def _md(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", " ".join(text.split()))
 
 
-def _md_text(piece: Text) -> str:
-    return f"**{piece.text}**" if piece.style == "best" else _md(piece.text)
-
-
-def _join(cell: Sequence[Text], write: Callable[[Text], str], line_break: str) -> str:
+def _join(cell: Sequence[Text], escape: Callable[[str], str], bold: str, line_break: str) -> str:
     """The text of a cell, in which a piece "aside" stays on the line of the one before it."""
-    breaks = ["", *(" " if piece.style == "aside" else line_break for piece in cell[1:])]
-    return "".join(before + write(piece) for before, piece in zip(breaks, cell, strict=False))
+    joined = ""
+    for text, style in cell:
+        joined += (" " if style == "aside" else line_break) if joined else ""
+        joined += bold.format(escape(text)) if style == "best" else escape(text)
+    return joined
 
 
 def latex(sections: Sequence[Section]) -> str:
@@ -178,17 +175,13 @@ def latex(sections: Sequence[Section]) -> str:
     for section in (section for section in sections if section.level == 2 and section.leading == 2):
         columns = "ll" + "c" * (len(section.head) - 2)
         lines += [r"\begin{table*}", r"\centering", r"\fontsize{6}{7}\selectfont", r"\setlength{\tabcolsep}{2pt}"]
-        lines += [rf"\caption{{{_tex(section.title)}: {_CAPTION}}}", rf"\begin{{tabular}}{{{columns}}}", r"\hline"]
+        lines += [rf"\caption{{{_tex(f'{section.title}: {_CAPTION}')}}}", rf"\begin{{tabular}}{{{columns}}}", r"\hline"]
         for row in [[[Text(title)] for title in section.head], *section.rows]:
-            cells = [_join(cell, _tex_text, r"\\") for cell in row]
+            cells = [_join(cell, _tex, r"\textbf{{{}}}", r"\\") for cell in row]
             cells = [rf"\shortstack{{{cell}}}" if r"\\" in cell else cell for cell in cells]
             lines.append(" & ".join(cells) + r" \\ \hline")
         lines += [r"\end{tabular}", r"\end{table*}", ""]
     return "\n".join(lines)
-
-
-def _tex_text(piece: Text) -> str:
-    return rf"\textbf{{{_tex(piece.text)}}}" if piece.style == "best" else _tex(piece.text)
 
 
 def _tex(text: str) -> str:

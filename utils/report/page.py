@@ -6,7 +6,7 @@ import base64
 import html
 from collections.abc import Sequence
 
-from utils.plots import accuracy_limits, curves_png
+from utils.plots import accuracy_limits, draw_curves, png
 from utils.report.formats import TITLE, Section, Text
 from utils.report.table import Line
 
@@ -20,15 +20,12 @@ _HEAD = """<!DOCTYPE html>
 <title>{title}</title>
 <style>
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 0 auto; max-width: 1500px; padding: 0 16px 40px }
-h1 { font-size: 1.6em }
 h2 { font-size: 1.3em; margin-top: 2em; border-bottom: 2px solid #0072b2 }
-h3 { font-size: 1.05em; margin: 1.8em 0 .4em }
 p { max-width: 80ch }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid #ddd; padding: 5px; text-align: left; vertical-align: top }
 .wide { overflow-x: auto }
-tbody th { overflow-wrap: anywhere; min-width: 7em }
-tbody th + th { min-width: 8em }
+tbody th { overflow-wrap: anywhere; min-width: 8em }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom }
 thead th:not(:first-child), .best, .value, td .small, .aside { white-space: nowrap }
 .best { background: #cfe6f3; font-weight: bold }
@@ -38,12 +35,11 @@ thead th:not(:first-child), .best, .value, td .small, .aside { white-space: nowr
 figure { margin: 0 }
 img { max-width: 100%; height: auto; display: block }
 @media (max-width: 900px) {
-  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+  thead { display: none }
   table, tbody, tr, th, td { display: block; width: auto }
   tr { border-top: 2px solid #888; padding: 4px 0 }
   tbody th { border: 0; font-size: 14px }
-  th, td { overflow-wrap: anywhere }
-  td { display: flex; gap: 10px }
+  td { display: flex; gap: 10px; overflow-wrap: anywhere }
   td:empty { display: none }
   td::before { content: attr(data-label); flex: 0 0 8.5em; color: #555 }
 }
@@ -96,7 +92,7 @@ def _curves(line: Line) -> list[str]:
             role: [run.models[role]["average_accuracy"] for run in cell.runs if role in run.models]
             for role in ("teacher", "student")
         }
-        picture = base64.b64encode(curves_png(column, curves, limits, tasks)).decode()
+        picture = base64.b64encode(png(draw_curves, column, curves, limits, tasks)).decode()
         alt = f"{column}: accuracy on the tasks seen, after each task; {len(cell.runs)} runs and their mean"
         figures.append(f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{picture}"></figure>')
     return ['<div class="curves">', *figures, "</div>"]

@@ -81,7 +81,7 @@ class Line:
 
     @property
     def name(self) -> str:
-        return f"{self.row.learner}, {self.label}" if self.label else self.row.learner
+        return ", ".join(filter(None, (self.row.models, self.row.learner, self.label)))
 
     @property
     def runs(self) -> list[Run]:
@@ -117,11 +117,7 @@ class Line:
 
 
 def build_tables(runs: Sequence[Run]) -> dict[str, list[Line]]:
-    """Arrange the runs in the paper's layout, with all its rows for each of its data sets that has runs.
-
-    Returns:
-        Data set -> lines of its table, which all have the same columns.
-    """
+    """The table of each data set, in the paper's layout and with all its rows; its lines have the same columns."""
     paper = paper_numbers()
     order = list(paper)
     lines: dict[tuple[Row, str], dict[str, Cell]] = defaultdict(lambda: defaultdict(Cell))
