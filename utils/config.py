@@ -174,12 +174,19 @@ class DistillConfig:
     """The KD method and its parameters."""
 
     method: str = option(
-        "KD", text("a KD method"), METHOD, "how the student is taught", key="KD_method", paper="each of them")
+        "KD", text("a KD method"), METHOD, "how the student is taught", key="KD_method", paper="each of them"
+    )
     prompt_param: tuple[int, int] = option(
-        (12, 6), PAIR, METHOD, "KD_Token: number of student blocks and length (even) of the KD prompts",
-        key="kd_prompt_param", paper="12 6")
+        (12, 6),
+        PAIR,
+        METHOD,
+        "KD_Token: number of student blocks and length (even) of the KD prompts",
+        key="kd_prompt_param",
+        paper="12 6",
+    )
     alpha: float = option(
-        0.5, FRACTION, METHOD, "weight of distillation; cross-entropy gets the rest", key="kd_alpha", paper="0.5")
+        0.5, FRACTION, METHOD, "weight of distillation; cross-entropy gets the rest", key="kd_alpha", paper="0.5"
+    )
     temperature: float = option(2.0, POSITIVE, METHOD, "temperature of the softened logits", key="Soft_T", paper="2")
 
 
@@ -191,20 +198,25 @@ class DataConfig:
     dataroot: Path = neutral(Path("data"), path("a folder"), DATA, "folder of the data sets (not used by Emoji_R)")
     data_url: str | None = neutral(None, text("a URL"), DATA, "URL to download the data set from; default: its own")
     first_split_size: int | None = option(
-        None, whole(1), DATA, "classes of the first task", paper="10 (CIFAR-100), 20 (ImageNet-R)")
+        None, whole(1), DATA, "classes of the first task", paper="10 (CIFAR-100), 20 (ImageNet-R)"
+    )
     other_split_size: int | None = option(
-        None, whole(1), DATA, "classes of every other task", paper="10 (CIFAR-100), 20 (ImageNet-R)")
+        None, whole(1), DATA, "classes of every other task", paper="10 (CIFAR-100), 20 (ImageNet-R)"
+    )
     class_order: str = option("natural", choice("natural", "shuffled"), DATA, "order of the classes", paper="natural")
     validation: bool = option(False, SWITCH, DATA, "test on a seeded fifth of the training set", paper="0")
     upper_bound: bool = option(False, SWITCH, DATA, "one task with all classes", key="upper_bound_flag", paper="0")
     memory: int = option(0, whole(0), DATA, "number of past images kept for replay", paper="0")
     class_weighting: bool = option(
-        False, SWITCH, DATA, "weight classes by their number of images when replaying", key="DW", paper="0")
+        False, SWITCH, DATA, "weight classes by their number of images when replaying", key="DW", paper="0"
+    )
     train_aug: bool = option(True, SWITCH, DATA, "random crops and flips in training", paper="1")
     crop_scale: tuple[float, float] = option(
-        (0.08, 1.0), RANGE, DATA, "share of the image's area that a random crop covers", paper="0.08 1.0")
+        (0.08, 1.0), RANGE, DATA, "share of the image's area that a random crop covers", paper="0.08 1.0"
+    )
     batch_size: int = option(
-        64, whole(1), TRAINING, "images per step, over all devices", paper="64; 32 with ViT-Large teachers")
+        64, whole(1), TRAINING, "images per step, over all devices", paper="64; 32 with ViT-Large teachers"
+    )
     workers: int = neutral(4, whole(0), DATA, "processes that load data; 0 loads in the main one")
 
 
@@ -213,11 +225,16 @@ class OptimConfig:
     """Optimizer and learning-rate schedule of each model at each task."""
 
     schedule: tuple[int, ...] | None = option(
-        None, EPOCHS, TRAINING, "epochs per task and model (the last number; the others are steps of decay)",
-        paper="20 (CIFAR-100), 35 (ImageNet-R)")
+        None,
+        EPOCHS,
+        TRAINING,
+        "epochs per task and model (the last number; the others are steps of decay)",
+        paper="20 (CIFAR-100), 35 (ImageNet-R)",
+    )
     schedule_type: str = option("cosine", choice("cosine", "decay"), TRAINING, "learning-rate schedule", paper="cosine")
     optimizer: str = option(
-        "Adam", choice("Adam", "amsgrad", "SGD", "RMSprop", "Rprop"), TRAINING, "optimizer", paper="Adam")
+        "Adam", choice("Adam", "amsgrad", "SGD", "RMSprop", "Rprop"), TRAINING, "optimizer", paper="Adam"
+    )
     lr: float = option(1e-3, POSITIVE, TRAINING, "learning rate", paper="0.001")
     momentum: float = option(0.9, BELOW_ONE, TRAINING, "momentum, and Adam's first beta", paper="0.9")
     weight_decay: float = option(0.0, NOT_NEGATIVE, TRAINING, "weight decay", paper="0")
@@ -235,7 +252,8 @@ class Config:
     config: Path | None = flag(None, path("a YAML file"), RUN, "YAML file with any of these settings")
     log_dir: Path | None = neutral(None, path("a folder"), RUN, "folder of the run's results; needed for training")
     overwrite: bool = neutral(
-        False, SWITCH._replace(alone=None), RUN, "0 resumes what log_dir holds, 1 moves it aside and starts over")
+        False, SWITCH._replace(alone=None), RUN, "0 resumes what log_dir holds, 1 moves it aside and starts over"
+    )
     seed: int = option(1, whole(0, maximum=2**32 - 1), RUN, "seed of all random numbers", key="random_s")
     repeat: int = neutral(1, whole(1), RUN, "run this many seeds, each in its folder log_dir/seed-<s>")
     max_task: int = option(-1, whole(1, special=-1), RUN, "stop after this many tasks; -1 runs all", paper="-1")
@@ -244,26 +262,45 @@ class Config:
     learner_type: str = option("prompt", choice("prompt"), METHOD, "family of learners", paper="prompt")
     learner_name: str = option("CODAPrompt", text("a learner"), METHOD, "prompt pool", paper="each of them")
     prompt_param: tuple[float, ...] | None = option(
-        None, NUMBERS, METHOD, "parameters of the prompt pool; default: the paper's")
+        None, NUMBERS, METHOD, "parameters of the prompt pool; default: the paper's"
+    )
     distill: DistillConfig = DistillConfig()
     aux_loss_scale: float = option(
-        1.0, NOT_NEGATIVE, METHOD, "factor of prompt and feature losses", paper="2, as its two GPUs added theirs")
+        1.0, NOT_NEGATIVE, METHOD, "factor of prompt and feature losses", paper="2, as its two GPUs added theirs"
+    )
 
     teacher_model: str = option(
-        "vit_base_patch16_224", text("a model"), MODELS, "teacher: a ViT of timm, or mini_vit_base", key="t_model",
-        paper="vit_base_patch16_224 or vit_large_patch16_224")
+        "vit_base_patch16_224",
+        text("a model"),
+        MODELS,
+        "teacher: a ViT of timm, or mini_vit_base",
+        key="t_model",
+        paper="vit_base_patch16_224 or vit_large_patch16_224",
+    )
     student_model: str = option(
-        "vit_small_patch16_224", text("a model"), MODELS, "student: a ViT of timm, or mini_vit_small", key="s_model",
-        paper="vit_small_patch16_224 or vit_base_patch16_224")
+        "vit_small_patch16_224",
+        text("a model"),
+        MODELS,
+        "student: a ViT of timm, or mini_vit_small",
+        key="s_model",
+        paper="vit_small_patch16_224 or vit_base_patch16_224",
+    )
     teacher_weights: Path | None = option(
-        None, path("a file"), MODELS, "the teacher's weights from a file (.pth, .safetensors, .npz); default: its own",
-        key="t_weights")
+        None,
+        path("a file"),
+        MODELS,
+        "the teacher's weights from a file (.pth, .safetensors, .npz); default: its own",
+        key="t_weights",
+    )
     student_weights: Path | None = option(
-        None, path("a file"), MODELS, "the student's weights from a file; default: its own", key="s_weights")
+        None, path("a file"), MODELS, "the student's weights from a file; default: its own", key="s_weights"
+    )
     teacher_from: Path | None = flag(
-        None, path("a folder"), MODELS, "log_dir of a run with another KD method, whose trained teachers to use")
+        None, path("a folder"), MODELS, "log_dir of a run with another KD method, whose trained teachers to use"
+    )
     init_from: Path | None = option(
-        None, path("a folder"), MODELS, "folder with T_class.pth and S_class.pth to start from")
+        None, path("a folder"), MODELS, "folder with T_class.pth and S_class.pth to start from"
+    )
 
     data: DataConfig = DataConfig()
     rand_split: bool = neutral(False, SWITCH, DATA, IGNORED)
@@ -272,11 +309,14 @@ class Config:
     optim: OptimConfig = OptimConfig()
 
     gpuid: tuple[int, ...] | None = neutral(
-        None, GPUS, DEVICES, "GPUs to use; -1 is the CPU; default: GPU 0 if there is one, else the CPU", paper="0 1")
+        None, GPUS, DEVICES, "GPUs to use; -1 is the CPU; default: GPU 0 if there is one, else the CPU", paper="0 1"
+    )
     device: str | None = neutral(
-        None, choice("cpu", "cuda", "mps"), DEVICES, "kind of device, instead of --gpuid; default: what --gpuid says")
+        None, choice("cpu", "cuda", "mps"), DEVICES, "kind of device, instead of --gpuid; default: what --gpuid says"
+    )
     precision: str = option(
-        "fp32", choice("fp32", "tf32", "bf16", "fp16"), DEVICES, "arithmetic of the backbones", paper="fp32")
+        "fp32", choice("fp32", "tf32", "bf16", "fp16"), DEVICES, "arithmetic of the backbones", paper="fp32"
+    )
     compile: bool = neutral(False, SWITCH, DEVICES, "use torch.compile")
     accumulate: int = neutral(1, whole(1), DEVICES, "split each batch into this many parts, to save memory")
 
@@ -285,9 +325,11 @@ class Config:
     log_interval: int = neutral(10, whole(1), LOGGING, "steps between two readings of the losses")
 
     export: Path | None = flag(
-        None, path("a file .safetensors or .pt2"), USE, "write the trained student of --log_dir to this file")
+        None, path("a file .safetensors or .pt2"), USE, "write the trained student of --log_dir to this file"
+    )
     predict: tuple[Path, ...] = flag(
-        (), path("one image or more", many=True), USE, "name what these images show, with the student of --log_dir")
+        (), path("one image or more", many=True), USE, "name what these images show, with the student of --log_dir"
+    )
     check_data: bool = flag(False, SWITCH, USE, "only check every image of the data set")
     eval_only: bool = flag(False, SWITCH, USE, "only evaluate the saved models of --log_dir again")
     top: int = flag(5, whole(1), USE, "how many classes --predict names")

@@ -36,7 +36,7 @@ def test_every_set_is_credited():
 def test_the_stream_of_the_paper_size():
     settings = config(dataset="Emoji_R", first_split_size=20, other_split_size=20)
     stream = build_stream(settings, seed=0, image_size=64)
-    report = check_stream(stream, "Emoji_R", progress=False)
+    report = check_stream(stream, "Emoji_R")
     assert (report["num_classes"], report["train"], report["split"], report["bad"]) == (200, 1221, "official", [])
     assert [task["test"] for task in report["tasks"]] == [60] * 10
     images, _ = next(pipeline(stream).test(3))
