@@ -144,7 +144,7 @@ def _device_problems(config: Config) -> list[str]:
     ids = config.gpuid or ()
     given = " ".join(map(str, ids))
     if -1 in ids and len(ids) > 1:
-        return [f"--gpuid {given}: -1 is the CPU and stands alone; leave it or the GPUs out"]
+        return [f"--gpuid {given}: -1 is the CPU and cannot be combined with GPUs; leave one of them out"]
     on_gpus = bool(ids) and ids != (-1,)
     if (config.device in ("cpu", "mps") and on_gpus) or (config.device == "cuda" and ids == (-1,)):
         return [f"--device {config.device} and --gpuid {given} exclude each other: leave one out"]

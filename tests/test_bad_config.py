@@ -89,7 +89,7 @@ BAD = [
     ("--gpuid 0", "--gpuid 0", "--gpuid -1"),
     ("--gpuid -2", "--gpuid", "-1 or"),
     ("--gpuid 0 0", "--gpuid", "no two equal"),
-    ("--gpuid -1 0", "--gpuid -1 0", "stands alone"),
+    ("--gpuid -1 0", "--gpuid -1 0", "cannot be combined"),
     ("--device cuda", "--device cuda", "--gpuid -1"),
     ("--device cpu --gpuid 0", "--device cpu", "exclude"),
     ("--accumulate 3", "--accumulate 3", "16", "2"),

@@ -207,16 +207,12 @@ class DataConfig:
     validation: bool = option(False, SWITCH, DATA, "test on a seeded fifth of the training set", paper="0")
     upper_bound: bool = option(False, SWITCH, DATA, "one task with all classes", key="upper_bound_flag", paper="0")
     memory: int = option(0, whole(0), DATA, "number of past images kept for replay", paper="0")
-    class_weighting: bool = option(
-        False, SWITCH, DATA, "weight classes by their number of images when replaying", key="DW", paper="0"
-    )
+    class_weighting: bool = option(False, SWITCH, DATA, "weight classes by size when replaying", key="DW", paper="0")
     train_aug: bool = option(True, SWITCH, DATA, "random crops and flips in training", paper="1")
     crop_scale: tuple[float, float] = option(
         (0.08, 1.0), RANGE, DATA, "share of the image's area that a random crop covers", paper="0.08 1.0"
     )
-    batch_size: int = option(
-        64, whole(1), TRAINING, "images per step, over all devices", paper="64; 32 with ViT-Large teachers"
-    )
+    batch_size: int = option(64, whole(1), TRAINING, "images per step, on all devices", paper="64; 32 with ViT-Large")
     workers: int = neutral(4, whole(0), DATA, "processes that load data; 0 loads in the main one")
 
 
@@ -286,14 +282,10 @@ class Config:
         paper="vit_small_patch16_224 or vit_base_patch16_224",
     )
     teacher_weights: Path | None = option(
-        None,
-        path("a file"),
-        MODELS,
-        "the teacher's weights from a file (.pth, .safetensors, .npz); default: its own",
-        key="t_weights",
+        None, path("a file"), MODELS, "teacher's weights (.pth, .safetensors, .npz); default: its own", key="t_weights"
     )
     student_weights: Path | None = option(
-        None, path("a file"), MODELS, "the student's weights from a file; default: its own", key="s_weights"
+        None, path("a file"), MODELS, "student's weights; default: its own", key="s_weights"
     )
     teacher_from: Path | None = flag(
         None, path("a folder"), MODELS, "log_dir of a run with another KD method, whose trained teachers to use"
@@ -324,9 +316,7 @@ class Config:
     tensorboard: bool = neutral(False, SWITCH, LOGGING, "also write TensorBoard files")
     log_interval: int = neutral(10, whole(1), LOGGING, "steps between two readings of the losses")
 
-    export: Path | None = flag(
-        None, path("a file .safetensors or .pt2"), USE, "write the trained student of --log_dir to this file"
-    )
+    export: Path | None = flag(None, path("a file .safetensors or .pt2"), USE, "write log_dir's student to this file")
     predict: tuple[Path, ...] = flag(
         (), path("one image or more", many=True), USE, "name what these images show, with the student of --log_dir"
     )

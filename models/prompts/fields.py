@@ -73,7 +73,7 @@ class Weight(Field):
 
 @dataclass(frozen=True)
 class OneOf(Field):
-    """A number that stands for a setting: ``choices`` maps it to the constructor's value."""
+    """A number that selects a setting: ``choices`` maps it to the constructor's value."""
 
     choices: Mapping[int, Any]
     meaning: str
