@@ -133,7 +133,11 @@ def main(argv: list[str]) -> int:
         if not stopped.is_set() and not execute(folder, runs[folder], quiet):
             stopped.set()
 
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"table.sh: --out {options.out} cannot be used ({error.strerror}); choose another", file=sys.stderr)
+        sys.exit(2)
     with ThreadPoolExecutor(options.jobs) as pool:
         try:
             list(pool.map(work, runs))

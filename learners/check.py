@@ -224,7 +224,4 @@ def _path_problems(config: Config) -> list[str]:
     if config.export is not None:
         if config.export.suffix not in (".safetensors", ".pt2"):
             problems.append(f"--export: {config.export} must end in .safetensors or .pt2")
-    on_a_run = config.action in ("eval_only", "export", "predict")
-    if config.log_dir is not None and on_a_run and not config.log_dir.is_dir():
-        problems.append(f"--log_dir: there is no folder {config.log_dir}; give that of a finished run")
     return problems

@@ -72,7 +72,7 @@ def test_set_up_is_done_once_and_repeated_after_an_interruption(clone, tmp_path)
 
 def test_active_environment_is_used(clone, tmp_path):
     for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
-        done = clone("tests/run.sh", "-k", "a b", **{variable: str(tmp_path)})
+        done = clone("tests/run.sh", "-k", "a b", INSTALLED="", **{variable: str(tmp_path)})
         assert "tests/requirements.txt" in done.stdout and done.stdout.endswith("[-m][pytest][-k][a b]\n"), done
     assert not (tmp_path / "my project/.venv").exists()
 
@@ -115,7 +115,7 @@ REFUSED = {
     "emoji-r --pairs mine": "'mine'",
     "emoji-r --kd KD:4,6": "write --kd KD",
     "emoji-r --kd none Mine": "Mine/seed-1: --KD_method",
-    "emoji-r --kd KD_Token:99,6": "KD_Token-99-6/seed-1: --kd_prompt_param",
+    "emoji-r --kd KD_Token:99,6": "KD_Token-99-6/seed-1: --KD_method KD_Token: --kd_prompt_param",
     "emoji-r --kd none --out /dev/null/x": "/dev/null",
     "emoji-r --kd none -- --lr x": "--lr",
     "emoji-r -- --log_dir=x": "--log_dir=x cannot follow --: use --out",

@@ -421,7 +421,11 @@ def parse_config(argv: Sequence[str]) -> Parsed:
     for key, words in _split_flags(argv, parsed.problems).items():
         parsed.read(OPTIONS[key], f"--{key}", words)
     given = parsed.config()
-    saved = given.config is None and given.action in _ON_A_RUN and given.log_dir is not None
+    on_a_run = given.action in _ON_A_RUN and given.log_dir is not None
+    if on_a_run and not (given.log_dir / "args.yaml").exists():
+        parsed.problems.append(f"--log_dir: {given.log_dir} is not the folder of a run, it has no args.yaml")
+        return parsed
+    saved = on_a_run and given.config is None
     file = given.log_dir / "args.yaml" if saved else given.config
     if _read_yaml(file, parsed, saved) if file is not None else "config" not in parsed.invalid_keys:
         parsed.problems.extend(_missing_problems(parsed, file))
@@ -447,8 +451,6 @@ def _read_yaml(file: Path, parsed: Parsed, saved: bool) -> bool:
     A file ``saved`` by a run may come from a machine with other devices and folders, so these are left out.
     """
     try:
-        if saved and not file.exists():
-            raise ValueError(f"--log_dir: {file.parent} is not the folder of a run, it has no {file.name}")
         settings = load_yaml(file)
     except ValueError as error:
         parsed.problems.append(str(error))
