@@ -70,10 +70,10 @@ def test_set_up_is_done_once_and_repeated_after_an_interruption(clone, tmp_path)
     assert clone(*words).stdout.startswith("Making the environment") and not mark.exists()
 
 
-def test_active_environment_is_used(clone, tmp_path):
-    for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
-        done = clone("tests/run.sh", "-k", "a b", **{variable: str(tmp_path)})
-        assert "tests/requirements.txt" in done.stdout and done.stdout.endswith("[-m][pytest][-k][a b]\n"), done
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_active_environment_is_used(clone, tmp_path, variable):
+    done = clone("tests/run.sh", "-k", "a b", **{variable: str(tmp_path)})
+    assert "tests/requirements.txt" in done.stdout and done.stdout.endswith("[-m][pytest][-k][a b]\n"), done
     assert not (tmp_path / "my project/.venv").exists()
 
 
