@@ -1,6 +1,6 @@
 """The shipped mini_vit_* and their weights."""
 
-import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +9,8 @@ from torch import Tensor
 
 from dataloaders.emoji_r import EmojiR
 from dataloaders.transforms import to_unit
-from models.backbones import load_backbone
-from models.mini_vit import weights_path
-from models.sizes import OWN_MODELS
+from models.backbones import load_backbone, size_of
+from models.sizes import OWN_MODELS, known_size
 from utils.config import DataConfig
 
 
@@ -26,9 +25,10 @@ def nearest_mean(train: Tensor, train_labels: np.ndarray, test: Tensor, test_lab
 @pytest.mark.parametrize("name", OWN_MODELS)
 def test_weights_are_the_documented_ones_and_beat_raw_pixels_on_novel_classes(name):
     """Untrained transformers do worse than pixels here, so only pre-training can win."""
-    path = weights_path(name)
-    assert hashlib.sha256(path.read_bytes()).hexdigest() in (path.parent / "README.md").read_text(encoding="utf-8")
-    vit, source = load_backbone(name).vit, EmojiR(DataConfig(), seed=0)
+    backbone, source = load_backbone(name), EmojiR(DataConfig(), seed=0)
+    vit = backbone.vit
+    assert backbone.tag == name and size_of(vit) == known_size(name)
+    assert backbone.sha256 in Path(backbone.source).with_name("README.md").read_text(encoding="utf-8")
     features, pixels = [], []
     for train in (True, False):
         store, labels = source.load(train)
