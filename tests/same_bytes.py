@@ -4,7 +4,7 @@
     python tests/same_bytes.py compare FOLDER OTHER
 
 A change that should not alter results must leave accuracies, measures, losses and every model as they were. Runs use
-one thread, since the number of threads decides the last digits. ``record`` takes about 20 minutes.
+one thread, since the number of threads decides the last digits.
 """
 
 from __future__ import annotations
