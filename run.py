@@ -25,8 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = None
     try:
         config = load_checked_config(argv)
-        from learners.train import run  # loads torch, after everything that can be refused without it
-
+        # These load torch, after everything that can be refused without it.
+        if config.action == "train":
+            from learners.train import run
+        else:
+            from learners.evaluate import run
         return run(config)
     except ConfigError as error:
         # All of torchrun's processes on a machine find the same mistakes in the flags: one names them.

@@ -28,7 +28,7 @@ from utils.checkpoint import METRICS, RunFolder, RunFolderError, check_settings
 from utils.config import Config, ConfigError
 from utils.logging import setup_logging
 from utils.metrics import AccuracyMatrix, summary_table
-from utils.parallel import build_parallel, choose_device
+from utils.parallel import build_parallel, choose_device, is_main_process
 
 _log = logging.getLogger(__name__)
 
@@ -82,12 +82,16 @@ def _usage(run: Run, task: int) -> dict[str, dict[str, list[float]]]:
 # ----------------------------------------------------------------------------------------------- of finished runs
 
 
-def run_action(config: Config) -> int:
+def run(config: Config) -> int:
     """Check data, or evaluate, export or use the models of ``config.log_dir``; returns the exit code.
+
+    Of several processes the main one does all of it.
 
     Raises:
         ConfigError: the data cannot be read; or the folder holds no finished task, or a damaged one.
     """
+    if not is_main_process():
+        return 0
     setup_logging(None)
     actions = {"check_data": _check_data, "eval_only": _evaluate_again, "export": _export, "predict": _predict}
     try:

@@ -8,7 +8,6 @@ import logging
 import os
 
 from learners.build import Run, build_run
-from learners.evaluate import run_action
 from learners.meter import TrainingError
 from learners.repeat import run_repeats
 from learners.results import check_models, check_processes, check_same_data, data_info, log_summary, write_start
@@ -24,16 +23,14 @@ _log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> int:
-    """Do what the configuration asks for.
+    """Train with one seed or, with ``--repeat``, several.
 
     Returns:
-        Exit code of the process.
+        Exit code of the process, as of :func:`train`.
 
     Raises:
         ConfigError: the run cannot start.
     """
-    if config.action != "train":
-        return run_action(config) if is_main_process() else 0  # only training is shared out among processes
     code = run_repeats(config, train) if config.repeat > 1 else train(config)
     if code != 1:  # otherwise the other processes may not get here
         leave_group()
