@@ -15,13 +15,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils.config import DataConfig
+from utils.config import ConfigError, DataConfig
 
 TestCrop = Literal["stretch", "center_crop"]
 SplitKind = Literal["authors", "official", "seeded", "folder"]
 
 
-class DataError(ValueError):
+class DataError(ConfigError):
     """Data that cannot be used; one sentence that names the file or value and the way out."""
 
 
@@ -29,11 +29,12 @@ class BadImageError(DataError):
     """An image file that is missing, empty or damaged."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(str(path), reason)
-
-    def __str__(self) -> str:
         # A file name that is not valid UTF-8 must not keep the sentence from being printed.
-        return "cannot read the image {}: {}".format(*self.args).encode(errors="replace").decode()
+        super().__init__(f"cannot read the image {path}: {reason}".encode(errors="replace").decode())
+        self._origin = str(path), reason
+
+    def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str]]:
+        return type(self), self._origin  # a worker sends it
 
 
 class ImageStore(ABC):

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException  # no public name tells a compiler's error from the step's own
 
-from dataloaders.base import DataError
 from dataloaders.build import build_stream
 from dataloaders.loader import DataPipeline
 from dataloaders.tasks import TaskStream
@@ -19,8 +18,8 @@ from learners.check import model_problems
 from learners.distillers import DISTILLERS
 from learners.distillers.base import DistillDims
 from learners.learner import TeacherStudentLearner
-from models.backbones import Backbone, BackboneError, load_backbone, size_of
-from models.cdl_checkpoint import CheckpointError, fit_checkpoint, load_checkpoint
+from models.backbones import Backbone, load_backbone, size_of
+from models.cdl_checkpoint import fit_checkpoint, load_checkpoint
 from models.prompted_model import PromptedModel
 from models.prompts import PROMPTS
 from models.prompts.base import PromptDims
@@ -52,26 +51,23 @@ def build_run(config: Config, parallel: Parallel, resumed_dir: Path | None = Non
     Raises ConfigError if data or weights are missing or damaged, or sizes do not fit.
     """
     set_precision(config.precision)
-    try:
-        backbones = load_backbones(config)
-        stream = build_stream(
-            config.data,
-            seed=config.seed,
-            image_size=backbones["student"].vit.image_size,
-            resumed_dir=resumed_dir,
-            progress=parallel.is_main and not config.no_progress,
-        )
-        data = DataPipeline(stream, config.data, seed=config.seed, parallel=parallel)
-        num_tasks = len(stream) if config.max_task < 0 else min(config.max_task, len(stream))
-        for task in range(num_tasks):
-            data.steps_per_epoch(task)  # refuses a task with fewer images than a batch before any work
-        vits = {role: backbone.vit for role, backbone in backbones.items()}
-        learner = build_learner(config, vits, stream.num_classes, len(stream), parallel)
-        for role in learner.roles if config.init_from is not None else ():
-            state = load_checkpoint(config.init_from, role)
-            learner.load_state(role, fit_checkpoint(state, learner.state(role), config.init_from))
-    except (DataError, BackboneError, CheckpointError) as error:
-        raise ConfigError([str(error)]) from error
+    backbones = load_backbones(config)
+    stream = build_stream(
+        config.data,
+        seed=config.seed,
+        image_size=backbones["student"].vit.image_size,
+        resumed_dir=resumed_dir,
+        progress=parallel.is_main and not config.no_progress,
+    )
+    data = DataPipeline(stream, config.data, seed=config.seed, parallel=parallel)
+    num_tasks = len(stream) if config.max_task < 0 else min(config.max_task, len(stream))
+    for task in range(num_tasks):
+        data.steps_per_epoch(task)  # refuses a task with fewer images than a batch before any work
+    vits = {role: backbone.vit for role, backbone in backbones.items()}
+    learner = build_learner(config, vits, stream.num_classes, len(stream), parallel)
+    for role in learner.roles if config.init_from is not None else ():
+        state = load_checkpoint(config.init_from, role)
+        learner.load_state(role, fit_checkpoint(state, learner.state(role), config.init_from))
     return Run(parallel, stream, data, learner, backbones, num_tasks)
 
 

@@ -17,12 +17,11 @@ from torch import Tensor
 from dataloaders.base import DataError, read_image
 from dataloaders.build import build_stream
 from dataloaders.check import check_stream
-from dataloaders.transforms import EvalTransform, to_unit
+from dataloaders.transforms import EvalTransform, to_planes, to_unit
 from learners.build import Run, build_run
 from learners.export import export, trained_student
 from learners.meter import NonFiniteError, TrainingError
 from learners.results import check_same_data, data_info, load_model, tasks_done
-from models.backbones import BackboneError
 from models.sizes import known_size
 from utils.checkpoint import METRICS, RunFolder, RunFolderError, check_settings
 from utils.config import Config, ConfigError
@@ -96,7 +95,7 @@ def run(config: Config) -> int:
     actions = {"check_data": _check_data, "eval_only": _evaluate_again, "export": _export, "predict": _predict}
     try:
         return actions[config.action](config)
-    except (RunFolderError, BackboneError, DataError) as error:
+    except RunFolderError as error:
         raise ConfigError([str(error)]) from error
     except TrainingError as error:
         _log.error("%s", error)
@@ -167,5 +166,7 @@ def _load_image(path: Path, metadata: Mapping[str, Any]) -> Tensor:
         image = read_image(path)
     except DataError as error:
         raise ConfigError([f"--predict: {error}"]) from error
-    pixels = np.array(EvalTransform(metadata["image_size"], metadata["test_crop"])(image))
-    return to_unit(torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous())
+    size = metadata["image_size"]
+    pixels = np.empty((1, 3, size, size), dtype=np.uint8)
+    to_planes(EvalTransform(size, metadata["test_crop"])(image), pixels[0])
+    return to_unit(torch.from_numpy(pixels))

@@ -75,6 +75,7 @@ class Trainer:
             TrainingError: a pool cannot grow.
             NonFiniteError: a loss, a gradient or a parameter is not finite; the last good state stays.
             RunFolderError: a file cannot be written; the last good state stays.
+            BadImageError: an image is missing or damaged; the last good state stays.
         """
         with self._writer:
             position = self._restore(state) if state is not None else Position(0, self.roles[0])

@@ -21,6 +21,7 @@ from models import mini_vit
 from models.sizes import OWN_MODELS, PAPER_MODELS, PAPER_TAG, ViTSize, name_problem
 from models.vit import PromptedViT, UnsupportedBackboneError
 from utils.checkpoint import sha256_of
+from utils.config import ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the second one in cac
 _NOT_BACKBONE = re.compile(r"(head|head_dist|fc|pre_logits|mask_token)(\.|$)")
 
 
-class BackboneError(ValueError):
+class BackboneError(ConfigError):
     """A backbone that cannot be built, or weights that do not fit it; the message is one sentence."""
 
 

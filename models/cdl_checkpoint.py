@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from models.backbones import BackboneError, misfit, read_state
+from utils.config import ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ _MODEL = re.compile(r"(prompt|last)\.")  # trained parts of both models
 _KD = re.compile(r"(kd_last|kd_prompt|project_t_s|ReviewKD_layers)\.")  # those of the KD methods, in the student
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ConfigError):
     """A checkpoint that cannot be used; the message is one sentence."""
 
 

@@ -209,6 +209,18 @@ class TestLimits:
         assert code == 1
         assert "fewer --workers" in capsys.readouterr().out
 
+    def test_damaged_image(self, config, start, reference, folder, capsys):
+        image = config.parent / "images/train/class 3/0.png"  # of the second task
+        whole = image.read_bytes()
+        try:
+            image.write_bytes(b"")
+            assert start() == 2
+        finally:
+            image.write_bytes(whole)
+        assert f"run.py: error: cannot read the image {image}: it is empty" in capsys.readouterr().err
+        assert start() == 0
+        assert runs.results(folder) == reference
+
     @pytest.mark.parametrize("save", [1, 4, 5])
     def test_disk_error(self, save, start, reference, folder, monkeypatch, at, capsys):
         """Saves are those of the 4 epochs and of the task; the writer's error stops the run all the same."""

@@ -48,7 +48,7 @@ def test_the_last_task_counts(tmp_path):
         (FROZEN, "no prompts and no head"),
         (KD, "no prompts and no head"),
         ({"epoch": 1}, "holds no tensors"),
-        (TRAINED | {"x": CheckpointError()}, "could run code"),
+        (TRAINED | {"x": CheckpointError("")}, "could run code"),
     ],
 )
 def test_other_files(tmp_path, content, words):
