@@ -19,6 +19,6 @@ def build_stream(
     Raises:
         DataError: files are missing or not what they should be.
     """
-    source_class = DATASETS.load(config.dataset)
+    source_class = DATASETS[config.dataset].load()
     source = source_class(config, seed=seed, resumed_dir=resumed_dir, progress=progress)
     return TaskStream(source, config, seed=seed, image_size=image_size)

@@ -14,9 +14,9 @@ from pathlib import Path
 from learners.check import load_checked_config
 from utils.checkpoint import RunFolderError, check_settings, is_finished
 from utils.config import ConfigError
+from utils.report.table import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ["none", "KD", "DKD", "FitNets", "ReviewKD"]
 PAPER = {"kd": [*METHODS, "KD_Token:1,6", "KD_Token:12,6"], "pairs": ["base-small", "large-base"]}
 DATASETS = {
     "cifar-100": {"config": "configs/cifar-100_prompt.yaml", **PAPER},

@@ -221,7 +221,6 @@ def _path_problems(config: Config) -> list[str]:
         if path is not None and not (os.path.isdir(path) if kind == "folder" else os.path.isfile(path)):
             wrong = f"{path} is a folder, not a file" if os.path.isdir(path) else f"there is no {kind} {path}"
             problems.append(f"--{flag}: {wrong}; check the path")
-    if config.export is not None:
-        if config.export.suffix not in (".safetensors", ".pt2"):
-            problems.append(f"--export: {config.export} must end in .safetensors or .pt2")
+    if config.export is not None and config.export.suffix not in (".safetensors", ".pt2"):
+        problems.append(f"--export: {config.export} must end in .safetensors or .pt2")
     return problems

@@ -18,6 +18,7 @@ from utils.checkpoint import ARGS, ARGS_END, CLASSES, METRICS, RunFolder, RunFol
 from utils.config import Config, ConfigError
 from utils.logging import environment, peak_memory_mb
 from utils.metrics import FORMAT, AccuracyMatrix, acc_csv, metrics_json, summary_lines, summary_table
+from utils.parallel import Parallel
 
 _CSV = {"teacher": "Results/acc.csv", "student": "Results/acc_s.csv"}
 
@@ -181,17 +182,17 @@ def data_info(config: Config, run: Run) -> dict[str, Any]:
     return info
 
 
-def check_processes(config: Config, run: Run) -> None:
-    """Compare what the processes of a group are about to compute.
+def check_processes(config: Config, parallel: Parallel, info: Mapping[str, Any]) -> None:
+    """Compare what the processes of a group are about to compute; ``info`` is this one's :func:`data_info`.
 
     Raises:
         ConfigError: with a sentence for each process that would compute something else than the first.
     """
-    mine = {"settings": config.settings_hash(), **data_info(config, run)}
+    mine = {"settings": config.settings_hash(), **info}
     # These affect no result, but they decide when the processes exchange something.
     mine |= {"--log_interval": config.log_interval, "--repeat": config.repeat}
     mine["--teacher_from"] = config.teacher_from is not None
-    everyones = run.parallel.gather(mine)
+    everyones = parallel.gather(mine)
     problems = [
         f"process {rank} has other {' and '.join(other)} than process 0: all machines need the same files and flags"
         for rank, theirs in enumerate(everyones)

@@ -57,8 +57,9 @@ def train(config: Config) -> int:
             resumed_dir = config.log_dir if parallel.broadcast(folder is not None and folder.has_run) else None
             objects = parallel.all_or_none(lambda: build_run(config, parallel, resumed_dir))
             stack.callback(objects.data.close)
-            parallel.all_or_none(lambda: check_processes(config, objects))
-            teachers = parallel.all_or_none(lambda: _begin(config, objects, folder, state) if folder else None)
+            info = parallel.all_or_none(lambda: data_info(config, objects))
+            parallel.all_or_none(lambda: check_processes(config, parallel, info))
+            teachers = parallel.all_or_none(lambda: _begin(config, objects, info, folder, state) if folder else None)
             bars = None if folder and not config.no_progress else False
             progress = Progress(bars, objects.num_tasks, roles=objects.learner.roles)
             stack.callback(progress.close)
@@ -97,7 +98,7 @@ def _finished(config: Config, folder: RunFolder) -> bool:
     return True
 
 
-def _begin(config: Config, objects: Run, folder: RunFolder, state: dict | None) -> TeacherCache | None:
+def _begin(config: Config, objects: Run, info: dict, folder: RunFolder, state: dict | None) -> TeacherCache | None:
     """Record what is trained on what, or compare it with what the run recorded; find the teachers.
 
     Raises:
@@ -105,7 +106,6 @@ def _begin(config: Config, objects: Run, folder: RunFolder, state: dict | None) 
         RunFolderError: a file of the run is damaged or cannot be written.
     """
     _log_start(config, objects)
-    info = data_info(config, objects)
     if folder.has_run:
         check_same_data(info, folder)
         check_models(folder, state["position"][0] if state else 0)

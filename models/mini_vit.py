@@ -49,25 +49,21 @@ class ConvStem(nn.Module):
             self.body.append(nn.Sequential(OrderedDict(conv=conv, act=nn.ReLU(inplace=True))))
         self.proj = nn.Conv2d(widths[-1], embed_dim, 1)
 
-    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels per token and side, under timm's name."""
-        return self.patch_size[0] if as_scalar else self.patch_size
-
     def forward(self, images: Tensor) -> Tensor:
         """Turn images [B, 3, 64, 64] into tokens [B, N, D]."""
         return self.proj(self.body(images)).flatten(2).transpose(1, 2)
 
 
-def _mini_vit(embed_dim: int, depth: int, options: dict) -> VisionTransformer:
+def _mini_vit(embed_dim: int, depth: int) -> VisionTransformer:
     sizes = {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "embed_dim": embed_dim, "depth": depth, "num_heads": 3}
-    return VisionTransformer(num_classes=0, embed_layer=ConvStem, **sizes, **options)
+    return VisionTransformer(num_classes=0, embed_layer=ConvStem, **sizes)
 
 
-def mini_vit_base(**options) -> VisionTransformer:
-    """Width 192, 6 blocks, 3 heads, 2.9 M parameters, random; ``options`` are timm's ``VisionTransformer``'s."""
-    return _mini_vit(192, 6, options)
+def mini_vit_base() -> VisionTransformer:
+    """Width 192, 6 blocks, 3 heads, 2.9 M parameters, random."""
+    return _mini_vit(192, 6)
 
 
-def mini_vit_small(**options) -> VisionTransformer:
-    """Width 96, 4 blocks, 3 heads, 0.5 M parameters, random; arguments as above."""
-    return _mini_vit(96, 4, options)
+def mini_vit_small() -> VisionTransformer:
+    """Width 96, 4 blocks, 3 heads, 0.5 M parameters, random."""
+    return _mini_vit(96, 4)

@@ -10,8 +10,8 @@ import yaml
 
 import run
 from learners import check
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 EMOJI_R = ROOT / "configs" / "emoji-r_prompt.yaml"
 
 

@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -11,8 +10,8 @@ from dataloaders import DataEntry
 from learners import check
 from learners.distillers import DISTILLERS
 from models.prompts import PROMPTS
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 
 

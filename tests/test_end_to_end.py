@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +11,9 @@ import run
 from learners.distillers import DISTILLERS
 from models.prompts import PROMPTS
 from tests import runs
+from tests.processes import ROOT
 from utils.checkpoint import from_bytes
 
-ROOT = Path(__file__).parents[1]
 PARAMS = {"DualPrompt": ("--prompt_param", 4, 4, 4)}
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from experiments import table
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = [*ROOT.glob("experiments/*.s*"), ROOT / "tests/run.sh", ROOT / ".ci/run", ROOT / "install_requirements.sh"]
 STUB = r"""#!/bin/sh
 # A Python that makes environments of itself, lists the packages in $INSTALLED, and prints its other calls.

@@ -10,8 +10,8 @@ import pytest
 
 from learners.distillers import DISTILLERS
 from models.prompts import PROMPTS
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 # Each may import those below it.
 LAYERS = [{"run"}, {"learners"}, {"models", "dataloaders"}, {"utils"}]
 PACKAGES = ("learners", "models", "dataloaders", "utils")

@@ -44,10 +44,6 @@ class Registry(dict[str, E], Generic[E]):
         hint = f" Did you mean {guess}?" if guess else ""
         raise UnknownNameError(f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(self)}.")
 
-    def load(self, name: str) -> Any:
-        """Import and return the class called ``name``."""
-        return self[name].load()
-
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The most similar of ``names``, ignoring case, or None when nothing is close."""

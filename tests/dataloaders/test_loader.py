@@ -4,7 +4,6 @@ import multiprocessing
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +15,8 @@ from dataloaders.base import BadImageError, DataError
 from dataloaders.build import build_stream
 from dataloaders.loader import BatchRequest, StreamDataset
 from tests.dataloaders.conftest import array_stream, class_folders, config, picture, pipeline
+from tests.processes import ROOT
 from utils.seed import derive_seed
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def joined(batches) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from tests.dataloaders.conftest import config
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_entry_is_a_source_that_says_what_is_missing(name, tmp_path):
-    entry, source = DATASETS[name], DATASETS.load(name)
+    entry, source = DATASETS[name], DATASETS[name].load()
     assert issubclass(source, DataSource) and source.__doc__
     assert entry.count_classes(tmp_path) == entry.num_classes == getattr(source, "num_classes", entry.num_classes)
     settings = config(dataset=name, dataroot=tmp_path)

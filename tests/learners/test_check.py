@@ -46,7 +46,7 @@ def test_requirements_of_kd_methods(name, teacher, student, kd_prompt_param, wor
 
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_classes_and_table_agree_on_the_teacher(name):
-    assert DISTILLERS.load(name).needs_teacher == DISTILLERS[name].needs_teacher
+    assert DISTILLERS[name].load().needs_teacher == DISTILLERS[name].needs_teacher
 
 
 def test_pool_is_not_compared_where_all_classes_are_one_task():

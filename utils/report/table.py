@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from utils.metrics import mean_std
 from utils.report.runs import TOKEN_METHOD, Row, Run
 
-_METHODS = ("none", "KD", "DKD", "FitNets", "ReviewKD")
+METHODS = ("none", "KD", "DKD", "FitNets", "ReviewKD")
 _PAIRS = {
     "base": ("vit_base_patch16_224", "vit_small_patch16_224"),
     "large": ("vit_large_patch16_224", "vit_base_patch16_224"),
@@ -41,7 +41,7 @@ def paper_numbers() -> dict[Row, dict[str, Pair]]:
         dataset, pair, learner, *cells = line.split()
         numbers = [tuple(map(float, cell.split("/"))) for cell in cells]
         row = Row(dataset, *_PAIRS[pair], learner)
-        table[row] = dict(zip((*_METHODS, f"{TOKEN_METHOD} 1 6"), numbers, strict=True))
+        table[row] = dict(zip((*METHODS, f"{TOKEN_METHOD} 1 6"), numbers, strict=True))
     table[Row("CIFAR100", *_PAIRS["base"], "CODAPrompt")][f"{TOKEN_METHOD} 12 6"] = (84.31, None)
     return table
 
@@ -131,7 +131,7 @@ def build_tables(runs: Sequence[Run]) -> dict[str, list[Line]]:
                 lines[key][column].paper = numbers
     tables: dict[str, list[Line]] = defaultdict(list)
     for row, settings in sorted(lines, key=lambda key: (order.index(key[0]) if key[0] in paper else len(order), key)):
-        columns = {*_METHODS, *(column for key in lines if key[0].dataset == row.dataset for column in lines[key])}
+        columns = {*METHODS, *(column for key in lines if key[0].dataset == row.dataset for column in lines[key])}
         cells = {column: lines[row, settings][column] for column in sorted(columns, key=_column_order)}
         label = _label(settings, [others for other, others in lines if other == row])
         tables[row.dataset].append(Line(row, label, cells))
@@ -140,7 +140,7 @@ def build_tables(runs: Sequence[Run]) -> dict[str, list[Line]]:
 
 def _column_order(column: str) -> tuple[int, int, str]:
     """Sort columns as the paper does, KD_Token by its parameters; methods that it does not have come last."""
-    known = (*_METHODS, TOKEN_METHOD)
+    known = (*METHODS, TOKEN_METHOD)
     method = column.split(" ")[0]
     return known.index(method) if method in known else len(known), len(column), column
 
