@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.prompts.base import PromptDims, PromptOutput, PromptPool, cosine_similarity, uniform_parameter
@@ -33,7 +34,10 @@ class L2P(PromptPool):
         loss = query.new_zeros(())
         for layer in self.layers:
             best = self._best(query, layer)
-            chosen = split_prompt(getattr(self, f"e_p_{layer}")[best.indices])  # [B, 5, P, D]
+            e_p = getattr(self, f"e_p_{layer}")
+            # Not e_p[best.indices], whose gradient adds up the uses of a prompt in no fixed order.
+            chosen = F.embedding(best.indices, e_p.flatten(1)).unflatten(2, e_p.shape[1:])  # [B, 5, length, D]
+            chosen = split_prompt(chosen)
             prompts[layer] = LayerPrompt(prefix=KV(chosen.key.flatten(1, 2), chosen.value.flatten(1, 2)))
             if self.training:
                 loss = loss + (1 - best.values).sum(1).mean()  # arXiv 2112.08654 eq. 5

@@ -16,12 +16,12 @@ SMALL = {"CODAPrompt": (7, 4, 0.1)}
 NAME = re.compile(r"[eg]_[pka]_\d+")
 
 
-def build(name: str, depth: int = 12) -> PromptPool:
+def build(name: str, depth: int = 12, width: int = 16) -> PromptPool:
     entry = PROMPTS[name]
     keywords, problems = entry.parse(SMALL.get(name, entry.paper), TASKS)
     assert problems == []
     torch.manual_seed(0)
-    return entry.load()(dims=PromptDims(query_dim=12, embed_dim=16, depth=depth, num_tasks=TASKS), **keywords)
+    return entry.load()(dims=PromptDims(query_dim=12, embed_dim=width, depth=depth, num_tasks=TASKS), **keywords)
 
 
 def query() -> torch.Tensor:
@@ -63,6 +63,22 @@ def test_gradients_reach_every_parameter_and_nothing_else(name):
         assert parameter.requires_grad
         assert parameter.grad is not None and parameter.grad.any(), parameter_name
         assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_several_threads_add_up_gradients_in_a_fixed_order(name):
+    pool = build(name, width=256).train()
+    queries = torch.randn(16, 12, generator=torch.Generator().manual_seed(1))
+    threads, gradients = torch.get_num_threads(), set()
+    torch.set_num_threads(2)
+    for _ in range(20):
+        pool.zero_grad()
+        layers, loss = pool(queries)
+        # Factors differ by image, so that the order of the sums matters.
+        (sum((x * queries[:, :1, None]).sum() for x in tensors_of(layers)) + loss).backward()
+        gradients.add(b"".join(parameter.grad.numpy().tobytes() for parameter in pool.parameters()))
+    torch.set_num_threads(threads)
+    assert len(gradients) == 1
 
 
 @pytest.mark.parametrize("name", PROMPTS)
