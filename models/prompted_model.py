@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from models.prompts.base import PromptPool
-from models.vit import KV, LayerPrompt, PromptedViT
+from models.vit import KV, PromptedViT
 
 
 class StudentInputs(NamedTuple):
@@ -62,7 +62,7 @@ class PromptedModel(nn.Module):
         prompts, prompt_loss = self.prompt(query)
         inputs = inputs or StudentInputs()
         if inputs.suffixes is not None:
-            prompts = [LayerPrompt(each.prefix, suffix) for each, suffix in zip(prompts, inputs.suffixes, strict=True)]
+            prompts = [each._replace(suffix=suffix) for each, suffix in zip(prompts, inputs.suffixes, strict=True)]
         features = self.vit(tokens, prompts, inputs.extra_tokens, return_blocks=return_blocks)
         return ModelOutput(self.last(features.cls), features.extra, features.blocks, prompt_loss)
 

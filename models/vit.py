@@ -29,10 +29,14 @@ class KV(NamedTuple):
 
 
 class LayerPrompt(NamedTuple):
-    """Prompts that one block's attention reads besides the tokens: ``keys = [prefix; K(tokens); suffix]``."""
+    """Prompts of one block's attention: ``keys = [prefix; K(tokens); suffix]``, and values likewise.
+
+    ``cls_add`` (P = 1) is added to the class token's own key and value.
+    """
 
     prefix: KV | None = None
     suffix: KV | None = None
+    cls_add: KV | None = None
 
 
 class ViTOutput(NamedTuple):
@@ -196,16 +200,15 @@ def _run_block(block: Block, tokens: Tensor, prompt: LayerPrompt, num_tokens: in
 
 def _attend(attn: Attention, tokens: Tensor, prompt: LayerPrompt, query_tokens: Tensor | None) -> Tensor:
     """Attention of ``query_tokens`` [B, Q, D] (default: all tokens) over prompts and tokens [B, N, D]."""
-    prompted = prompt.prefix is not None or prompt.suffix is not None
+    prompted = any(part is not None for part in prompt)
     if prompted and query_tokens is None:
         # Projected separately, so that keys and values can be freed once they are joined with the prompts.
         query_tokens = tokens
     query, key, value = _project(attn, tokens, query_tokens)  # [B, *, heads, head_dim]
     query, key = attn.q_norm(query), attn.k_norm(key)
-    parts = [prompt.prefix, KV(key, value), prompt.suffix]
     if prompted:
-        key = torch.cat([_heads(part.key, key) for part in parts if part is not None], dim=1)
-        value = torch.cat([_heads(part.value, value) for part in parts if part is not None], dim=1)
+        key = _join(key, *(part and part.key for part in prompt))
+        value = _join(value, *(part and part.value for part in prompt))
     mixed = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2)))
 
@@ -223,8 +226,12 @@ def _project(attn: Attention, tokens: Tensor, query_tokens: Tensor | None) -> tu
     return query, key, value
 
 
-def _heads(part: Tensor, like: Tensor) -> Tensor:
-    """Bring prompt keys or values [B or 1, P, D] to ``like``'s layout [B, P, heads, head_dim]."""
-    if part.dim() == 3:
-        part = part.unflatten(-1, like.shape[2:])
-    return part.to(like.dtype).expand(like.shape[0], -1, -1, -1)
+def _join(own: Tensor, prefix: Tensor | None, suffix: Tensor | None, cls_add: Tensor | None) -> Tensor:
+    """The tokens' keys or values [B, N, heads, head_dim] with a block's prompts, [B or 1, P, D] each."""
+
+    def heads(part: Tensor) -> Tensor:
+        return part.unflatten(-1, own.shape[2:]).to(own.dtype).expand(own.shape[0], -1, -1, -1)
+
+    rows = [own] if cls_add is None else [own[:, :1] + heads(cls_add), own[:, 1:]]
+    prompts = [[] if part is None else [heads(part)] for part in (prefix, suffix)]
+    return torch.cat([*prompts[0], *rows, *prompts[1]], dim=1)

@@ -47,9 +47,9 @@ def images(vit: PromptedViT) -> torch.Tensor:
 
 
 def random_prompts(vit: PromptedViT) -> list[LayerPrompt]:
-    """Prefixes of three keys for each of two images, suffixes of two for all."""
-    draw = [torch.rand(vit.depth, *shape, vit.embed_dim).double() for shape in ((2, 6), (1, 4))]
-    return [LayerPrompt(split_prompt(prefix), split_prompt(suffix)) for prefix, suffix in zip(*draw, strict=True)]
+    """Prefixes of three keys for each of two images, suffixes of two for all, and what the class token gets."""
+    draw = [torch.rand(vit.depth, *shape, vit.embed_dim).double() for shape in ((2, 6), (1, 4), (1, 2))]
+    return [LayerPrompt(*map(split_prompt, layer)) for layer in zip(*draw, strict=True)]
 
 
 @pytest.mark.parametrize("name", [*MODELS, "mini_vit_base", "mini_vit_small"])
@@ -93,16 +93,18 @@ def test_trimming_the_last_block_changes_neither_outputs_nor_gradients(name):
 
 
 def test_attention_with_prompts_by_the_formula():
-    """``keys = [P_k; K(tokens); KD_k]``, ``values = [P_v; V(tokens); KD_v]``, queries from the tokens only."""
+    """``keys = [P_k; K(tokens); KD_k]``, values likewise; the class token's get an addend; queries from the tokens."""
     vit = backbone()
     tokens = vit.embed(images(vit))
     prompts = random_prompts(vit)
     extra = torch.rand(1, vit.embed_dim, dtype=torch.float64)
     output = vit(tokens, prompts, extra, return_blocks=True)
 
-    block, (prefix, suffix) = vit.vit.blocks[0], prompts[0]
+    block, (prefix, suffix, cls_add) = vit.vit.blocks[0], prompts[0]
     x = torch.cat([tokens, extra.expand(2, 1, -1)], dim=1)
-    query, key, value = block.attn.qkv(block.norm1(x)).chunk(3, dim=2)
+    query, key, value = block.attn.qkv(block.norm1(x)).clone().chunk(3, dim=2)
+    key[:, 0] += cls_add.key[0, 0]
+    value[:, 0] += cls_add.value[0, 0]
     key = torch.cat([prefix.key, key, suffix.key.expand(2, -1, -1)], dim=1)
     value = torch.cat([prefix.value, value, suffix.value.expand(2, -1, -1)], dim=1)
     heads = []
