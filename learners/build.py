@@ -14,7 +14,7 @@ from torch._dynamo.exc import TorchDynamoException  # no public name tells a com
 from dataloaders.build import build_stream
 from dataloaders.loader import DataPipeline
 from dataloaders.tasks import TaskStream
-from learners.check import model_problems
+from learners.check import cuda_devices, model_problems
 from learners.distillers import DISTILLERS
 from learners.distillers.base import DistillDims
 from learners.learner import TeacherStudentLearner
@@ -25,7 +25,7 @@ from models.prompts import PROMPTS
 from models.prompts.base import PromptDims
 from models.vit import PromptedViT
 from utils.config import Config, ConfigError
-from utils.parallel import Parallel
+from utils.parallel import Parallel, cuda_problem
 from utils.seed import seeded
 
 REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,6 +50,8 @@ def build_run(config: Config, parallel: Parallel, resumed_dir: Path | None = Non
 
     Raises ConfigError if data or weights are missing or damaged, or sizes do not fit.
     """
+    if config.device is None and config.gpuid is None and parallel.device.type == "cpu" and cuda_devices():
+        _log.warning("This run computes on the CPU although the driver lists GPUs: %s", cuda_problem((0,)))
     set_precision(config.precision)
     backbones = load_backbones(config)
     stream = build_stream(

@@ -27,7 +27,7 @@ from utils.checkpoint import METRICS, RunFolder, RunFolderError, check_settings
 from utils.config import Config, ConfigError
 from utils.logging import setup_logging
 from utils.metrics import AccuracyMatrix, summary_table
-from utils.parallel import build_parallel, choose_device, is_main_process
+from utils.parallel import build_parallel, is_main_process
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def _export(config: Config) -> int:
 @torch.no_grad()
 def _predict(config: Config) -> int:
     """Print the ``--top`` classes of each image with their probabilities."""
-    device = choose_device(config.device, config.gpuid)
+    device = build_parallel(config.device, config.gpuid, alone=True).device
     classifier, metadata = trained_student(config)
     classifier.to(device)
     for path in config.predict:

@@ -164,6 +164,14 @@ def test_refused_in_a_process_of_its_own(case, tmp_path):
     assert_refused(says, done.returncode, done.stderr, tmp_path)
 
 
+def test_gpus_that_torch_cannot_use(tmp_path, capsys, monkeypatch):
+    """The driver lists them, but torch is built for CPUs or for another driver."""
+    monkeypatch.setattr(check, "cuda_devices", lambda: 100)
+    monkeypatch.delenv("RANK", raising=False)
+    code = run.main(command("--gpuid 98 99 --log_dir {tmp}/new", tmp_path))
+    assert_refused(["--gpuid 98 99", "cannot use GPU 98 99", "--gpuid -1"], code, capsys.readouterr().err, tmp_path)
+
+
 def test_a_mistake_of_every_kind_is_reported_in_one_go(tmp_path, capsys, no_gpu):
     words = "--kd_alpha 2 --gpuid 0 --KD_method KDP --t_model vit_bas_patch16_224 --prompt_param 1 --foo"
     assert run.main([*command({"lr": "fast", "batchsize": 3}, tmp_path), *words.split()]) == 2

@@ -169,19 +169,41 @@ def lost_process(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
-def choose_device(device: str | None, gpuids: Sequence[int] | None, local_rank: int = 0) -> torch.device:
-    """The device of this process; with neither ``--device`` nor ``--gpuid``, a GPU where there is one.
+def choose_device(device: str | None, gpuids: Sequence[int] | None, local_rank: int | None = None) -> torch.device:
+    """The (first) device of this process; with neither ``--device`` nor ``--gpuid``, a GPU if torch can use it.
 
     Args:
         device: "cpu", "cuda" or "mps", or a device's name in torch ("cuda:1").
         gpuids: (-1,) is the CPU.
-        local_rank: index of this process on its machine under torchrun.
+        local_rank: index of this process on its machine under torchrun, where each process uses one GPU.
+
+    Raises:
+        ConfigError: torch cannot use a GPU that was asked for.
     """
     if device not in (None, "cuda"):
         return torch.device(device)
-    if device is None and (gpuids == (-1,) or not torch.cuda.is_available()):
+    if gpuids == (-1,):
         return torch.device("cpu")
-    return torch.device("cuda", gpuids[local_rank] if gpuids else local_rank)
+    gpus = gpuids or (local_rank or 0,)
+    if gpuids and local_rank is not None:
+        gpus = (gpuids[local_rank],)
+    problem = cuda_problem(gpus)
+    if problem and (gpuids or device):
+        asked = f"--gpuid {' '.join(map(str, gpuids))}" if gpuids else "--device cuda"
+        raise ConfigError(f"{asked}: {problem}: install a torch that fits the driver, or use --gpuid -1 for the CPU")
+    return torch.device("cpu") if problem else torch.device("cuda", gpus[0])
+
+
+def cuda_problem(gpus: Sequence[int]) -> str | None:
+    """Why torch cannot use these GPUs, as a part of a sentence; None if it can."""
+    try:
+        for gpu in gpus:
+            torch.ones(1, device=f"cuda:{gpu}")  # fails also where this torch has no code for the GPU
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch for CPUs
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        return f"torch {torch.__version__}, built {built}, cannot use GPU {' '.join(map(str, gpus))} ({reason})"
+    return None
 
 
 def build_parallel(
@@ -189,7 +211,7 @@ def build_parallel(
 ) -> Parallel:
     """torchrun's processes, several GPUs or one device, by the environment and the flags; ``alone`` joins no group."""
     in_group = "RANK" in os.environ and not alone
-    chosen = choose_device(device, gpuids, int(os.environ.get("LOCAL_RANK", "0")) if in_group else 0)
+    chosen = choose_device(device, gpuids, int(os.environ.get("LOCAL_RANK", "0")) if in_group else None)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # else code that names no GPU, such as the pinning thread, occupies GPU 0
     if in_group:

@@ -16,6 +16,7 @@ from learners import build
 from learners.learner import TaskTraining
 from learners.steps import EvalStep
 from tests import runs
+from utils import parallel
 from utils.checkpoint import METRICS, STATE, RunFolder
 
 SHORT = ("--KD_method", "none", "--max_task", 1, "--schedule", 1)  # 3 steps
@@ -56,6 +57,16 @@ def start(config, folder):
     """Start or resume the run in ``folder``; returns the exit code."""
     with runs.quick():
         yield lambda *flags: run.main(runs.arguments(config, folder, *flags))
+
+
+def test_a_run_on_the_cpu_in_spite_of_gpus_warns(config, folder, tmp_path, monkeypatch):
+    """Without a flag; one that asks for GPUs is refused (test_bad_config)."""
+    monkeypatch.setattr(build, "cuda_devices", lambda: 2)
+    monkeypatch.setattr(parallel, "cuda_problem", lambda gpus: "too old a driver")
+    (tmp_path / "no_device.yaml").write_text(config.read_text().replace("gpuid: -1", ""))
+    runs.finish(tmp_path / "no_device.yaml", folder, *SHORT)
+    (line,) = (line for line in (folder / "output.log").read_text().splitlines() if "WARNING" in line)
+    assert "on the CPU although the driver lists GPUs" in line
 
 
 @pytest.fixture

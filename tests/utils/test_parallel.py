@@ -19,7 +19,8 @@ from learners.learner import TrainResult
 from models.prompts import PROMPTS
 from tests.learners import small
 from tests.processes import Group
-from utils.config import OptimConfig
+from utils import parallel
+from utils.config import ConfigError, OptimConfig
 from utils.parallel import Parallel, SeveralGPUs, build_parallel, choose_device, leave_group
 
 CPU = Parallel(torch.device("cpu"))
@@ -232,13 +233,19 @@ def test_device_of_a_process(monkeypatch):
         (True, ("cpu", None, 1), "cpu"),
         (True, ("cuda", (1,)), "cuda:1"),
     ):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        monkeypatch.setattr(parallel, "cuda_problem", lambda gpus, available=available: None if available else "no")
         assert choose_device(*arguments) == torch.device(chosen)
+
+
+@pytest.mark.parametrize(("device", "gpuids", "local_rank"), [(None, (99,), None), ("cuda", (0, 99), 1)])
+def test_gpus_that_torch_cannot_use_are_refused(device, gpuids, local_rank):
+    with pytest.raises(ConfigError, match=r"^--gpuid .*99: torch .*CUDA.*cannot use GPU 99 \(.+\): "):
+        choose_device(device, gpuids, local_rank)
 
 
 def test_kind_of_parallelism(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(parallel, "cuda_problem", lambda gpus: None)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert type(build_parallel(None, (-1,))) is type(build_parallel(None, (1,))) is Parallel
