@@ -68,10 +68,12 @@ def evaluate(run: Run, task: int, between: Callable[[], None] = lambda: None) ->
 
 
 def _usage(run: Run, task: int) -> dict[str, dict[str, list[float]]]:
+    usage: dict[str, dict[str, list[float]]] = {role: {} for role in run.learner.roles}
+    if not run.learner.student.prompt.needs_query:
+        return usage
     vit, parallel = run.learner.query_vit, run.parallel
     queries = [torch.zeros(0, vit.embed_dim, device=parallel.device)]  # a process may have no image
     queries += [vit(vit.embed(images)).cls.float() for images, _ in run.data.test(task)]
-    usage: dict[str, dict[str, list[float]]] = {role: {} for role in run.learner.roles}
     for role, model in run.learner.models.items():
         for layer, total in model.prompt.usage(torch.cat(queries)).items():
             usage[role][layer] = (parallel.sum(total).cpu().double() / run.stream.test_size(task)).tolist()

@@ -73,7 +73,9 @@ class TeacherStep(Step):
 
     def forward(self, images: Tensor, targets: Tensor, classes: ClassRange) -> StepResult:
         """Losses of a batch, with the terms ``ce`` and ``prompt``."""
-        query, _ = make_query(self.query_vit, images)
+        query = None
+        if self.teacher.prompt.needs_query:
+            query, _ = make_query(self.query_vit, images)
         with torch.no_grad():
             tokens = self.teacher.vit.embed(images)
         output = self.teacher(tokens, query)
@@ -104,7 +106,7 @@ class StudentStep(Step):
 
     def forward(self, images: Tensor, targets: Tensor, classes: ClassRange) -> StepResult:
         """Losses of a batch: ``ce``, ``prompt``, and where the method has them ``distill`` and ``feature``."""
-        query, tokens = make_query(self.query_vit, images)
+        query, tokens = make_query(self.query_vit, images, needed=self.student.prompt.needs_query)
         teacher = self._teach(images, query) if self.teacher is not None else None
         inputs = self.distiller.student_inputs()
         student = self.student(tokens, query, inputs, return_blocks=self.distiller.needs_blocks)
@@ -115,7 +117,7 @@ class StudentStep(Step):
         terms["prompt"] = self.aux_loss_scale * student.prompt_loss
         return self._result(terms, predicted, targets, classes)
 
-    def _teach(self, images: Tensor, query: Tensor) -> ModelOutput:
+    def _teach(self, images: Tensor, query: Tensor | None) -> ModelOutput:
         needs_blocks = self.distiller.needs_blocks
         # A loss can keep nothing for its gradient that was made in inference mode: logits are copied, all blocks'
         # outputs would be too much. torch.compile fails on inference mode inside compiled code.
@@ -148,7 +150,7 @@ class EvalStep(nn.Module):
 
     def logits(self, images: Tensor, seen: int) -> dict[str, Tensor]:
         """Logits [B, seen] of ``student`` and, where there is one, ``teacher``."""
-        query, tokens = make_query(self.student.vit, images)
+        query, tokens = make_query(self.student.vit, images, needed=self.student.prompt.needs_query)
         output = self.student(tokens, query, self.distiller.student_inputs())
         result = {"student": self.distiller.predict(output)}
         if self.teacher is not None:
@@ -156,8 +158,8 @@ class EvalStep(nn.Module):
         return {role: logits[:, :seen].float() for role, logits in result.items()}
 
 
-def make_query(vit: PromptedViT, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The query [B, Dq] (final-norm class token, no prompts, no gradient), and the embedded tokens."""
+def make_query(vit: PromptedViT, images: Tensor, *, needed: bool = True) -> tuple[Tensor | None, Tensor]:
+    """The query [B, Dq] (final-norm class token, no prompts, no gradient) if needed, and the embedded tokens."""
     with torch.no_grad():
         tokens = vit.embed(images)
-        return vit(tokens).cls, tokens
+        return vit(tokens).cls if needed else None, tokens

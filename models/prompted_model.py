@@ -49,13 +49,13 @@ class PromptedModel(nn.Module):
         self.last = nn.Linear(vit.embed_dim, num_classes)
 
     def forward(
-        self, tokens: Tensor, query: Tensor, inputs: StudentInputs | None = None, *, return_blocks: bool = False
+        self, tokens: Tensor, query: Tensor | None, inputs: StudentInputs | None = None, *, return_blocks: bool = False
     ) -> ModelOutput:
         """Classify embedded images.
 
         Args:
             tokens: ``vit.embed(images)``, [B, N, D].
-            query: selects the prompts, [B, Dq].
+            query: selects the prompts, [B, Dq]; None for a pool that needs none.
             inputs: what a KD method injects.
             return_blocks: also return the outputs of all blocks.
         """
@@ -64,6 +64,7 @@ class PromptedModel(nn.Module):
         if inputs.suffixes is not None:
             prompts = [each._replace(suffix=suffix) for each, suffix in zip(prompts, inputs.suffixes, strict=True)]
         features = self.vit(tokens, prompts, inputs.extra_tokens, return_blocks=return_blocks)
+        prompt_loss = features.cls.new_zeros(()) if prompt_loss is None else prompt_loss
         return ModelOutput(self.last(features.cls), features.extra, features.blocks, prompt_loss)
 
     def trained_state(self) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def weight_gradients(learner: TeacherStudentLearner) -> Iterator[None]:
         vit.zero_grad(set_to_none=True)
 
 
-def query_per_model(vit: models.vit.PromptedViT, images: Tensor) -> tuple[Tensor, Tensor]:
+def query_per_model(vit: models.vit.PromptedViT, images: Tensor, **_) -> tuple[Tensor, Tensor]:
     """A second query and a second patch embedding where teacher and student see the batch."""
     _make_query(vit, images)
     query, _ = _make_query(vit, images)

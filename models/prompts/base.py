@@ -1,9 +1,9 @@
-"""The base of all prompt pools: a query goes in, one prefix per block and a loss come out."""
+"""The base of all prompt pools: a query goes in, prompts for each block and a loss come out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,10 @@ class PromptDims(NamedTuple):
 
 
 class PromptOutput(NamedTuple):
-    """One :class:`LayerPrompt` per block of the backbone, and the pool's loss, a scalar."""
+    """One :class:`LayerPrompt` per block of the backbone, and the pool's loss, a scalar, or None without one."""
 
     layers: Sequence[LayerPrompt]
-    loss: Tensor
+    loss: Tensor | None = None
 
 
 class PromptPool(nn.Module):
@@ -36,7 +36,12 @@ class PromptPool(nn.Module):
 
     Parameters are read as attributes, never through ``get_parameter`` or ``parameters()``: in a replica of
     ``DataParallel`` they are plain tensors.
+
+    Attributes:
+        needs_query: False for prompts that do not depend on the image: no query is computed, and it is None.
     """
+
+    needs_query: ClassVar[bool] = True
 
     def __init__(self, dims: PromptDims) -> None:
         super().__init__()
@@ -47,13 +52,13 @@ class PromptPool(nn.Module):
         """Prepare to learn ``task`` (from 0); parameters change in place and are never replaced."""
         self.task = task
 
-    def forward(self, query: Tensor) -> PromptOutput:
+    def forward(self, query: Tensor | None) -> PromptOutput:
         """Select the prompts for a batch; ``query`` is [B, Dq] without gradient."""
         raise NotImplementedError
 
     def usage(self, query: Tensor) -> dict[str, Tensor]:
-        """Sum over a batch how much of each entry it selects: layer name -> [M]."""
-        raise NotImplementedError
+        """Sum over a batch how much of each entry it selects, if there are any: layer name -> [M]."""
+        return {}
 
     def blocks(self, candidates: Sequence[int]) -> list[int]:
         """Those of ``candidates`` that this backbone has; a shallow ViT lacks the later ones."""

@@ -121,6 +121,18 @@ def test_the_teacher_answers_in_inference_mode(kd_method):
     assert modes == {"teacher": True, "student": False}
 
 
+@pytest.mark.parametrize("learner_name", PROMPTS)
+def test_a_query_is_computed_once_per_batch_where_the_pool_needs_it(learner_name):
+    learner = small.learner(learner_name, "KD")
+    calls, queries = [], int(learner.student.prompt.needs_query)
+    learner.query_vit.register_forward_hook(lambda *_: calls.append(1))
+    train(learner, 0, "teacher", steps=1)
+    assert len(calls) == queries
+    train(learner, 0, "student", steps=1)
+    logits_of(learner, batch_of(0)[0], 2)
+    assert len(calls) == 3 * queries + 2  # and the student's own passes
+
+
 def test_evaluation_counts_what_the_logits_say():
     learner = small.learner("DualPrompt", "KD_Token")
     images, targets = batch_of(1, size=16)
