@@ -61,6 +61,12 @@ class TeacherStudentLearner:
             for role, model in self.models.items():
                 model.prompt.begin_task(task, generator(self.config.seed, "growth", role, task))
 
+    @torch.no_grad()
+    def end_task(self, task: int) -> None:
+        """Conclude ``task`` in both pools, once both models have learned it."""
+        for model in self.models.values():
+            model.prompt.end_task(task)
+
     def resume_task(self, task: int) -> None:
         """Tell the pools which task their loaded parameters belong to."""
         for model in self.models.values():
@@ -111,12 +117,23 @@ class TeacherStudentLearner:
             state = {key: value for key, value in state.items() if key in own}
         self.models[role].load_trained_state(state)
 
+    def take_teacher(self, state: Mapping[str, Tensor]) -> None:
+        """Load the parameters of a teacher that another run has taught the current task.
+
+        Its buffers are of the end of the task, which is still to come here.
+        """
+        own = self.state("teacher")
+        buffers = own.keys() - dict(self.teacher.named_parameters()).keys()
+        self.load_state("teacher", {**state, **{key: own[key] for key in buffers}})
+
     def parameter_counts(self) -> dict[str, dict[str, int] | None]:
         """Numbers of parameters per role, in all and trained (the student's with the KD method's)."""
         counts: dict[str, dict[str, int] | None] = {"teacher": None}
         for role, model in self.models.items():
-            trained = sum(tensor.numel() for tensor in self.state(role).values())
-            counts[role] = {"total": trained + sum(p.numel() for p in model.vit.parameters()), "trained": trained}
+            frozen = sum(p.numel() for p in model.vit.parameters())
+            total = sum(p.numel() for p in model.parameters())
+            total += sum(p.numel() for p in self.distiller.parameters()) if role == "student" else 0
+            counts[role] = {"total": total, "trained": total - frozen}
         return counts
 
 

@@ -119,7 +119,7 @@ class Trainer:
         if found is None:
             return False
         model, losses = found
-        self.learner.load_state("teacher", model)
+        self.learner.take_teacher(model)
         for epoch, means in enumerate(losses):
             self.history.add_epoch("teacher", task, epoch, means)
         _log.info("Task %d/%d: teacher taken from %s", task + 1, self.run.num_tasks, self.config.teacher_from)
@@ -142,11 +142,13 @@ class Trainer:
             meter = LossMeter(self.parallel, check_gradient=not training.scaler.is_enabled())
             if state is not None and here == start:
                 meter.load_state(state["meter"] or {})
-            following = here._replace(epoch=here.epoch + 1, step=0)
-            last = following.epoch == epochs
+            last = here.epoch + 1 == epochs
+            following = self._after(here) if last else here._replace(epoch=here.epoch + 1, step=0)
             try:
                 self._train_epoch(training, here, meter)
-                here = self._save(self._after(here) if last else following, None if last else training)
+                if following.role == EVALUATION:
+                    self.learner.end_task(task)  # before the state is saved, so that no resume does it twice
+                here = self._save(following, None if last else training)
             except NonFiniteError as error:
                 raise NonFiniteError(
                     f"task {task + 1}, {role}, epoch {here.epoch + 1}, {error}: lower --lr, or use --precision fp32; "

@@ -102,6 +102,7 @@ class GoldenCase:
         for role in self.learner.roles:
             for key, value in self._train(task, role, classes):
                 outputs[f"task{task}/{role}/{key}"] = _numpy(value)
+        self.learner.end_task(task)
         with torch.no_grad():
             logits = self.learner.eval_step().logits(self.inputs["eval/images"], classes.stop)
         for role in self.learner.roles:

@@ -35,7 +35,8 @@ class PromptPool(nn.Module):
     the current task in training (``self.training``), but not in evaluation.
 
     Parameters are read as attributes, never through ``get_parameter`` or ``parameters()``: in a replica of
-    ``DataParallel`` they are plain tensors.
+    ``DataParallel`` they are plain tensors. Buffers change in :meth:`begin_task` and :meth:`end_task` alone, as a
+    replica is thrown away after its step.
 
     Attributes:
         needs_query: False for prompts that do not depend on the image: no query is computed, and it is None.
@@ -51,6 +52,9 @@ class PromptPool(nn.Module):
     def begin_task(self, task: int, generator: torch.Generator) -> None:
         """Prepare to learn ``task`` (from 0); parameters change in place and are never replaced."""
         self.task = task
+
+    def end_task(self, task: int) -> None:
+        """Conclude ``task``, once both models have learned it and before they are evaluated; without gradient."""
 
     def forward(self, query: Tensor | None) -> PromptOutput:
         """Select the prompts for a batch; ``query`` is [B, Dq] without gradient."""
