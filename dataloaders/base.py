@@ -57,17 +57,20 @@ class ImageStore(ABC):
 
 
 class FileStore(ImageStore):
-    """Image files below ``root``, opened when asked for; ``paths`` are relative to it, with forward slashes."""
+    """Image files below ``root``, opened when asked for; ``paths`` are relative to it, with forward slashes.
 
-    def __init__(self, root: Path, paths: Iterable[str]) -> None:
-        self._root = str(root)
+    ``upright`` says whether images are turned as their EXIF orientation tells.
+    """
+
+    def __init__(self, root: Path, paths: Iterable[str], upright: bool = True) -> None:
+        self._root, self._upright = str(root), upright
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=bytes)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def open(self, index: int) -> Image.Image:
-        return read_image(os.path.join(self._root, self.name(index)))
+        return read_image(os.path.join(self._root, self.name(index)), upright=self._upright)
 
     def name(self, index: int) -> str:
         return os.fsdecode(self._paths[index])
@@ -168,12 +171,18 @@ class DataSource(ABC):
         return None
 
 
-def read_image(file: str | Path | Any, name: str | Path | None = None) -> Image.Image:
-    """An image file (path or binary file object) as upright RGB; BadImageError calls it ``name`` or its path."""
+def read_image(file: str | Path | Any, name: str | Path | None = None, *, upright: bool = True) -> Image.Image:
+    """An image file (path or binary file object) as RGB; BadImageError calls it ``name`` or its path.
+
+    With ``upright`` it is turned as its EXIF orientation tells.
+    """
     try:
         with Image.open(file) as image:
             image.load()
-            return as_rgb(image)
+            image = as_rgb(image)
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
+            return image
     except Exception as error:  # on damaged files Pillow's readers raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
@@ -182,17 +191,14 @@ def read_image(file: str | Path | Any, name: str | Path | None = None) -> Image.
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image of any mode and orientation as upright RGB; one that already is comes back itself."""
+    """A loaded image of any mode as RGB; one that already is comes back itself."""
     if image.mode.startswith("I"):
         image = _from_integers(image)
     elif image.mode == "F":
         image = Image.fromarray(np.clip(np.nan_to_num(np.asarray(image)), 0, 255).astype(np.uint8))
     elif image.mode == "La" or image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("LA" if image.mode == "La" else "RGBA")  # there is no (silent) way to RGB from these
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_integers(image: Image.Image) -> Image.Image:

@@ -80,18 +80,20 @@ class FileSource(DataSource):
 
     Attributes:
         name, url, num_classes: of a published data set: its name on the command line, where to get it, its size.
+        upright: whether images are turned as their EXIF orientation tells.
         train, test: the files, set by :meth:`find`.
     """
 
     name: ClassVar[str]
     url: ClassVar[str]
     num_classes: ClassVar[int]
+    upright: ClassVar[bool] = True
     train: FileList
     test: FileList
 
     def load(self, train: bool) -> tuple[FileStore, np.ndarray]:
         files = self.train if train else self.test
-        return FileStore(self.root, [path for path, _ in files]), _labels(files)
+        return FileStore(self.root, [path for path, _ in files], self.upright), _labels(files)
 
     def require_all_classes(self, labels: Iterable[int], where: object) -> None:
         """Raise DataError unless the classes found in ``where`` are those of the data set."""

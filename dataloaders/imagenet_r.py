@@ -38,6 +38,7 @@ class ImageNetR(WordNetFolders):
     url = "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar"
     folder = "imagenet-r"
     example = "n01443537"
+    upright = False  # as in the original
 
     def find(self) -> None:
         kept = [] if self.resumed_dir is None else [self.resumed_dir / name for name in CHECKSUMS]

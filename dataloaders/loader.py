@@ -125,7 +125,7 @@ class DataPipeline:
         samples = self._stream.train_size(task) + len(self._stream.replay(task))
         if samples < self._batch_size:
             raise DataError(
-                f"task {task} has {samples} training images, fewer than batch_size {self._batch_size}, "
+                f"task {task + 1} has {samples} training images, fewer than batch_size {self._batch_size}, "
                 "and so would take no step: lower batch_size"
             )
         return samples // self._batch_size

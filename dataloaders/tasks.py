@@ -76,7 +76,7 @@ class TaskStream:
             if not (self.train_size(task) and self.test_size(task)):
                 part = "test" if self.train_size(task) else "training"
                 names = ", ".join(self.task_names(task)[:3]) + (", ..." if len(self.task_names(task)) > 3 else "")
-                raise DataError(f"task {task} ({names}) has no {part} images: check the folders in dataroot")
+                raise DataError(f"task {task + 1} ({names}) has no {part} images: check the folders in dataroot")
 
     @property
     def augmented(self) -> bool:

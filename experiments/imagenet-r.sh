@@ -5,6 +5,7 @@
 #     bash experiments/imagenet-r.sh [LEARNER] [KD_METHOD] [GPUIDS ...] [-- more flags of run.py]
 #
 # Defaults: CODAPrompt, KD_Token, GPU 0 if there is one (-1: CPU). ViT-Large as teacher: configs/imnet-r_prompt.yaml.
+[ -n "${BASH_VERSION:-}" ] && ! shopt -oq posix || exec bash "$0" "$@" # for those who start it by sh
 set -eu
 . "$(dirname -- "$0")/_setup.sh"
 run_paper imagenet-r imnet-r_prompt.yaml "$@"

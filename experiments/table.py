@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
     for flag, (instead, refused) in itertools.product(more, REFUSED.items()):
-        if flag.partition("=")[0] in refused:
+        if flag.startswith("--") and any(name.startswith(flag.partition("=")[0]) for name in refused):  # or shortened
             parser.error(f"{flag} cannot follow --: use {instead} for that")
     return options, more
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import importlib.util
+import logging
 import os
 from collections.abc import Collection, Sequence
 
@@ -19,6 +20,8 @@ from models.sizes import ViTSize, known_size, name_problem
 from utils.config import OPTIONS, Config, ConfigError, DistillConfig, argument_parser, parse_config
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "yaml", "PIL", "tqdm", "safetensors", "matplotlib")
+_log = logging.getLogger(__name__)
+
 _TABLES = {"learner_name": PROMPTS, "KD_method": DISTILLERS, "dataset": DATASETS}
 
 
@@ -36,6 +39,14 @@ def load_checked_config(argv: Sequence[str]) -> Config:
     config = parsed.config()
     if problems := parsed.problems + check(config, parsed.invalid_keys):
         raise ConfigError(problems)
+    gpus = len(config.gpuid or ())
+    if gpus > 1 and "aux_loss_scale" not in parsed.values and config.action == "train":
+        _log.warning(
+            "aux_loss_scale is not set, so prompt and feature losses are averaged over %d GPUs; the original adds them "
+            "up: for its numbers use --aux_loss_scale %d",
+            gpus,
+            gpus,
+        )
     if config.prompt_param is None:
         config = dataclasses.replace(config, prompt_param=PROMPTS[config.learner_name].paper)
     return config

@@ -159,7 +159,7 @@ def log_summary(folder: RunFolder) -> None:
     metrics = folder.read_json(METRICS)
     _log.info("\n%s\n", summary_table(metrics["teacher"], metrics["student"]))
     for line in summary_lines(metrics["student"]):
-        _log.info("%s", line)
+        _log.info("%s", line, extra={"bare": True})
 
 
 def data_info(config: Config, run: Run) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class Trainer:
         classes = stream.classes(task)
         if data.memory > 0:
             classes = classes._replace(start=0)  # with replay, all classes seen compete in the losses
-        weights = torch.from_numpy(stream.class_weights(task)) if data.class_weighting else None
+        weights = torch.from_numpy(stream.class_weights(task)) if data.class_weighting and data.memory > 0 else None
         training = self.learner.begin_training(role, classes, weights)
         if state is not None and state["training"] is not None:
             training.load_state(state["training"])
@@ -161,7 +161,7 @@ class Trainer:
         started, images_before = time.monotonic(), meter.images
         steps = self.data.steps_per_epoch(here.task)
         training.begin_epoch(here.epoch)
-        self.progress.start_epoch(here.epoch, steps)
+        self.progress.start_epoch(here.epoch, steps, training.lr)
         batches = self.data.train(here.task, here.role, here.epoch, first_step=here.step)
         for step, (images, targets) in enumerate(batches, here.step + 1):
             result = training.train_step(images, targets)

@@ -33,7 +33,7 @@ BAD = [
     ("-lr 0.1", "unknown flag -lr", "--lr"),
     ({"batchsize": 8}, "unknown key 'batchsize'", "did you mean batch_size?"),
     ({3: 8}, "unknown key 3", "config.yaml"),
-    ({"export": "a.pt2"}, "export", "on the command line"),
+    ("--log x", "--log", "--log_dir", "--log_interval", "write the flag out"),
     # missing and superfluous values
     ("--lr 0.1 0.2", "--lr", "takes one value", "2 values"),
     ("--gpuid", "--gpuid", "-1"),
@@ -182,8 +182,7 @@ def test_a_mistake_of_every_kind_is_reported_in_one_go(tmp_path, capsys, no_gpu)
 
 def test_no_arguments_say_what_is_missing(capsys):
     assert run.main([]) == 2
-    error = capsys.readouterr().err
-    assert "--config is missing" in error and "--log_dir is missing" in error
+    assert "--config is missing" in capsys.readouterr().err
 
 
 def test_missing_packages_say_how_to_install_them(monkeypatch, capsys):
@@ -195,8 +194,6 @@ def test_missing_packages_say_how_to_install_them(monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags", ["--eval_only", "--export a.pt2"])
 def test_actions_on_a_run_need_its_folder(tmp_path, capsys, flags):
-    assert run.main(flags.split()) == 2
-    assert "--log_dir is missing: give the folder of a finished run" in capsys.readouterr().err
     assert run.main([*flags.split(), "--log_dir", str(tmp_path)]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err
 

@@ -27,11 +27,11 @@ esac
 """
 
 
-def call(script, *words, folder=None, **environment):
+def call(script, *words, folder=None, shell=None, **environment):
     """Run a script with no environment active but the one in ``environment``."""
     active = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON", "PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if name not in active} | environment
-    command = ["sh" if "install" in str(script) else "bash", str(script), *words]
+    command = [shell or ("sh" if "install" in str(script) else "bash"), str(script), *words]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -99,7 +99,7 @@ def test_runs_of_the_paper(clone):
     default = clone("experiments/cifar-100.sh").stdout
     assert "[--learner_name][CODAPrompt][--KD_method][KD_Token]" in default and "--gpuid" not in default
     assert "/my project/outputs/cifar-100/CODAPrompt/KD_Token]" in default
-    other = clone("experiments/imagenet-r.sh", "L2P", "KD", "0", "1", "--", "--log_dir", "a b").stdout
+    other = clone("experiments/imagenet-r.sh", "L2P", "KD", "0", "1", "--", "--log_dir", "a b", shell="sh").stdout
     assert "[--learner_name][L2P][--KD_method][KD]" in other and other.endswith("[--gpuid][0][1][--log_dir][a b]\n")
 
 
@@ -118,7 +118,7 @@ REFUSED = {
     "emoji-r --kd KD_Token:99,6": "KD_Token-99-6/seed-1: --KD_method KD_Token: --kd_prompt_param",
     "emoji-r --kd none --out /dev/null/x": "/dev/null",
     "emoji-r --kd none -- --lr x": "--lr",
-    "emoji-r -- --log_dir=x": "--log_dir=x cannot follow --: use --out",
+    "emoji-r -- --log_d=x": "--log_d=x cannot follow --: use --out",
     **{f"emoji-r -- --lr 1 {flag}": f"{flag} cannot follow --" for flags in table.REFUSED.values() for flag in flags},
 }
 

@@ -12,15 +12,18 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from utils.registry import nearest
+
+_log = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -177,7 +180,7 @@ class DistillConfig:
         "KD", text("a KD method"), METHOD, "how the student is taught", key="KD_method", paper="each of them"
     )
     prompt_param: tuple[int, int] = option(
-        (12, 6),
+        (5, 6),
         PAIR,
         METHOD,
         "KD_Token: number of student blocks and length (even) of the KD prompts",
@@ -246,11 +249,11 @@ class Config:
     """All settings of a run."""
 
     config: Path | None = flag(None, path("a YAML file"), RUN, "YAML file with any of these settings")
-    log_dir: Path | None = neutral(None, path("a folder"), RUN, "folder of the run's results; needed for training")
-    overwrite: bool = neutral(
+    log_dir: Path = neutral(Path("outputs/out"), path("a folder"), RUN, "folder of the run's results")
+    overwrite: bool = flag(
         False, SWITCH._replace(alone=None), RUN, "0 resumes what log_dir holds, 1 moves it aside and starts over"
     )
-    seed: int = option(1, whole(0, maximum=2**32 - 1), RUN, "seed of all random numbers", key="random_s")
+    seed: int = option(10, whole(0, maximum=2**32 - 1), RUN, "seed of all random numbers", key="random_s")
     repeat: int = neutral(1, whole(1), RUN, "run this many seeds, each in its folder log_dir/seed-<s>")
     max_task: int = option(-1, whole(1, special=-1), RUN, "stop after this many tasks; -1 runs all", paper="-1")
     debug_mode: int = neutral(0, whole(0), RUN, IGNORED)
@@ -274,7 +277,7 @@ class Config:
         paper="vit_base_patch16_224 or vit_large_patch16_224",
     )
     student_model: str = option(
-        "vit_small_patch16_224",
+        "vit_tiny_patch16_224",
         text("a model"),
         MODELS,
         "student: a ViT of timm, or mini_vit_small",
@@ -341,8 +344,7 @@ class Config:
 
     def to_yaml_dict(self) -> dict[str, Any]:
         """All settings as plain values under their YAML keys; written to a file they are a ``--config``."""
-        # A file that says overwrite would wipe every later resume.
-        return {key: _plain(each.value(self)) for key, each in OPTIONS.items() if each.in_yaml and key != "overwrite"}
+        return {key: _plain(each.value(self)) for key, each in OPTIONS.items() if each.in_yaml}
 
     def result_settings(self) -> dict[str, Any]:
         """The part of :meth:`to_yaml_dict` that decides the results: no folders, devices or logging."""
@@ -416,12 +418,15 @@ class Parsed(NamedTuple):
 
 
 def parse_config(argv: Sequence[str]) -> Parsed:
-    """Read a command line and the YAML file it names, and check each value by itself; the rest is learners.check's."""
+    """Read a command line and the YAML file it names, and check each value by itself; the rest is learners.check's.
+
+    Raises ConfigError for an abbreviated flag that could be several.
+    """
     parsed = Parsed({}, [], set())
     for key, words in _split_flags(argv, parsed.problems).items():
         parsed.read(OPTIONS[key], f"--{key}", words)
     given = parsed.config()
-    on_a_run = given.action in _ON_A_RUN and given.log_dir is not None
+    on_a_run = given.action in _ON_A_RUN
     if on_a_run and not (given.log_dir / "args.yaml").exists():
         parsed.problems.append(f"--log_dir: {given.log_dir} is not the folder of a run, it has no args.yaml")
         return parsed
@@ -462,7 +467,7 @@ def _read_yaml(file: Path, parsed: Parsed, saved: bool) -> bool:
             hint = f"; did you mean {guess}?" if guess else "; see --help for all keys"
             parsed.problems.append(f"unknown key {_show(key)} in {file}{hint}")
         elif not each.in_yaml:
-            parsed.problems.append(f"{key} in {file} belongs on the command line, as --{key}")
+            _log.warning("%s in %s is ignored, because it belongs on the command line, as --%s", key, file, key)
         elif value is None and each.default is not None:
             parsed.refuse(key, f"{key} in {file} has no value; it must be {each.type.allowed}")
         elif value is not None and not (saved and key in _ONLY_FOR_TRAINING):
@@ -518,10 +523,14 @@ def _missing_problems(parsed: Parsed, file: Path | None) -> list[str]:
     elif missing and config.action not in _ON_A_RUN:
         flags = ", ".join(f"--{key}" for key in missing)
         problems.append(f"--config is missing: give a YAML file, such as configs/emoji-r_prompt.yaml (or {flags})")
-    if config.log_dir is None and "log_dir" not in invalid and config.action != "check_data":
-        what = "the folder of a finished run" if config.action in _ON_A_RUN else "a folder for the results"
-        problems.append(f"--log_dir is missing: give {what}, such as --log_dir outputs/emoji-r")
     return problems
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises a mistake instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}: write the flag out; see --help")
 
 
 def argument_parser(epilog: str = "", *, for_help: bool = False) -> argparse.ArgumentParser:
@@ -529,16 +538,16 @@ def argument_parser(epilog: str = "", *, for_help: bool = False) -> argparse.Arg
 
     The latter takes any number of words for every flag; :class:`Type` judges them along with everything else.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python run.py",
         usage="python run.py --config FILE --log_dir FOLDER [--FLAG VALUE ...]",
         description="Continual distillation learning: a frozen ViT teacher and student learn task after task by\n"
         "prompts. Every flag is also a key of the YAML file, except those marked *. A flag beats the file, the\n"
-        "file beats the default. A flag that takes 0 or 1 means 1 when it has no value (but not --overwrite).",
+        "file beats the default. A flag that takes 0 or 1 means 1 when it has no value (but not --overwrite).\n"
+        "A flag may be shortened as long as no other one begins alike.",
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     if for_help:

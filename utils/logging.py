@@ -29,9 +29,14 @@ _log = logging.getLogger(__name__)
 
 
 class _Handler(logging.Handler):
-    """Adds ``%(prefix)s``, the level of warnings and errors, and drops lines instead of failing on a full disk."""
+    """Adds ``%(prefix)s``, the level of warnings and errors, and drops lines instead of failing on a full disk.
+
+    A line logged with ``extra={"bare": True}`` gets neither level nor time.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
+        if getattr(record, "bare", False):
+            return record.getMessage()
         record.prefix = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
         return super().format(record)
 
@@ -167,9 +172,9 @@ class Progress:
             self._share_before = self._share()
         self._draw()
 
-    def start_epoch(self, epoch: int, steps: int) -> None:
-        """Begin epoch ``epoch`` (from 0) of ``steps`` batches."""
-        self._epoch, self._step, self._steps, self._epoch_speed = epoch, 0, steps, _Speed()
+    def start_epoch(self, epoch: int, steps: int, lr: float) -> None:
+        """Begin epoch ``epoch`` (from 0) of ``steps`` batches with learning rate ``lr``."""
+        self._epoch, self._step, self._steps, self._lr, self._epoch_speed = epoch, 0, steps, lr, _Speed()
         self._draw()
 
     def step(self, images: int) -> None:
@@ -189,7 +194,7 @@ class Progress:
 
     def end_epoch(self) -> None:
         self._epoch, self._step = self._epoch + 1, 0
-        self._line(logging.DEBUG, f" epoch {self._epoch}/{self._epochs}", self._epoch_speed)
+        self._line(logging.DEBUG, f" epoch {self._epoch}/{self._epochs}, lr {self._lr:.8g}", self._epoch_speed)
         self._draw()
 
     def end_training(self) -> None:

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import yaml
+from PIL import Image
 
 from dataloaders import imagenet_r
 from dataloaders.base import DataError
@@ -49,6 +50,15 @@ def check_authors(found: ImageNetR) -> None:
     assert (found.split, found.drawn_split, found.class_names) == ("authors", {}, ["n2", "n4", "n1", "n3"])
     assert names(found.load(False)) == [f"imagenet-r/{wnid}/0.jpg" for wnid in WNIDS]
     assert found.load(False)[1].tolist() == NUMBERS and found.load(True)[1].tolist() == NUMBERS * 4
+
+
+def test_exif_orientation_is_not_undone(root, tmp_path):
+    write(tmp_path, AUTHORS)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (16, 8)).save(root / "imagenet-r/n1/0.jpg", exif=exif)
+    store, _ = source(root).load(False)
+    assert store.open(0).size == (16, 8)  # as the original reads it
 
 
 def test_the_authors_files_are_installed_or_downloaded_into_dataroot(root, tmp_path, caplog):

@@ -91,7 +91,7 @@ def test_replay_doubles_the_epoch_and_augments_each_draw_differently():
     assert (data.steps_per_epoch(0), data.steps_per_epoch(1)) == (4, 8)
     images, labels = joined(data.train(1, "teacher", 0))
     assert len(torch.unique(images[labels < 2], dim=0)) == 16  # one image, drawn 16 times
-    with pytest.raises(DataError, match="task 0 has 16 training images, fewer than batch_size 17"):
+    with pytest.raises(DataError, match="task 1 has 16 training images, fewer than batch_size 17"):
         pipeline(stream, batch_size=17).train(0, "teacher", 0)
 
 

@@ -42,7 +42,7 @@ def test_validation_tests_on_a_fifth_of_the_training_images():
 def test_upper_bound_is_one_task_and_a_task_without_images_is_named():
     stream = array_stream(upper_bound=True)
     assert (len(stream), stream.classes(0), stream.train_size(0)) == (1, ClassRange(0, 5), 30)
-    with pytest.raises(DataError, match=r"task 1 \(class 2, class 3\) has no training images"):
+    with pytest.raises(DataError, match=r"task 2 \(class 2, class 3\) has no training images"):
         array_stream([3, 3, 0, 0, 3])
 
 

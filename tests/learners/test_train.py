@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import run
+from dataloaders.tasks import TaskStream
 from learners import build
 from learners.learner import TaskTraining
 from learners.steps import EvalStep
@@ -42,6 +43,11 @@ def folder(tmp_path):
 def copy(finished, folder):
     """The finished run, to be changed."""
     return shutil.copytree(finished, folder)
+
+
+def test_classes_are_weighted_only_with_a_memory(config, folder, monkeypatch):
+    monkeypatch.setattr(TaskStream, "class_weights", None)
+    runs.finish(config, folder, *SHORT, "--DW")
 
 
 @pytest.fixture

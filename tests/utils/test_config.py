@@ -12,6 +12,32 @@ from utils.config import OPTIONS, Config, DistillConfig, OptimConfig, argument_p
 BASE = {"dataset": "Emoji_R", "first_split_size": 20, "other_split_size": 20, "schedule": [20]}
 
 
+ORIGINALS_ARGS = """
+config: configs/imnet-r_prompt.yaml
+gpuid: [0, 1]
+log_dir: ImageNet_R/coda-p
+overwrite: 1
+debug_mode: 0
+upper_bound_flag: false
+memory: 0
+DW: false
+learner_type: prompt
+learner_name: CODAPrompt
+prompt_param: [100.0, 8.0, 0.0]
+t_model: vit_base_patch16_224
+s_model: vit_small_patch16_224
+KD_method: KD_Token
+kd_alpha: 0.5
+Soft_T: 2.0
+kd_prompt_param: [12, 6]
+random_s: 10
+dataset: ImageNet_R
+first_split_size: 20
+other_split_size: 20
+schedule: [35]
+"""
+
+
 @pytest.fixture
 def config_file(tmp_path):
     """Writes a YAML file with the needed keys and others, and returns its path."""
@@ -47,7 +73,9 @@ def test_every_flag_and_key_of_the_original_is_there():
 
 def test_defaults(config_file):
     config = load("--config", config_file())
-    assert config.distill == DistillConfig("KD", prompt_param=(12, 6), alpha=0.5, temperature=2)
+    assert config.distill == DistillConfig("KD", prompt_param=(5, 6), alpha=0.5, temperature=2)
+    assert (config.student_model, config.teacher_model) == ("vit_tiny_patch16_224", "vit_base_patch16_224")
+    assert (config.seed, parse_config([]).config().log_dir) == (10, Path("outputs/out"))
     assert config.optim == OptimConfig((20,), "cosine", "Adam", lr=1e-3, momentum=0.9, weight_decay=0)
     assert (config.data.crop_scale, config.aux_loss_scale, config.precision) == ((0.08, 1), 1, "fp32")
 
@@ -55,6 +83,23 @@ def test_defaults(config_file):
 def test_switches(config_file):
     for words, value in {"--DW": True, "--DW 0": False, "--DW True": True, "--DW=false": False}.items():
         assert load("--config", config_file(DW=not value), *words.split()).data.class_weighting is value
+
+
+def test_flags_may_be_shortened(config_file):
+    config = load("--conf", config_file(), "--batch", "8", "--learner_n=L2P", "--kd_prompt", "1", "6")
+    assert (config.data.batch_size, config.learner_name, config.distill.prompt_param) == (8, "L2P", (1, 6))
+
+
+def test_args_yaml_of_the_original_is_a_config(tmp_path, caplog):
+    """What its run.py writes: every flag and every key of its YAML file."""
+    file = tmp_path / "args.yaml"
+    file.write_text(ORIGINALS_ARGS)
+    parsed = parse_config(["--config", str(file)])
+    config = parsed.config()
+    assert parsed.problems == [] and not config.overwrite and config.config == file
+    assert (config.gpuid, config.prompt_param, config.seed) == ((0, 1), (100, 8, 0), 10)
+    assert (config.distill, config.log_dir) == (DistillConfig("KD_Token", (12, 6)), Path("ImageNet_R/coda-p"))
+    assert [record.args[0] for record in caplog.records] == ["config", "overwrite"]
 
 
 def test_forms_of_values(config_file, monkeypatch):

@@ -69,7 +69,7 @@ def run(enabled, tasks):
     for task, role in ((task, role) for task in range(tasks) for role in ("teacher", "student")):
         progress.start_training(task, role, 3, 0)
         for epoch in range(3):
-            progress.start_epoch(epoch, 2)
+            progress.start_epoch(epoch, 2, 1e-3 / 3)
             progress.step(16)
             progress.step(16)
             progress.update(0.5, 75.0)
@@ -86,7 +86,7 @@ def test_one_line_per_training_on_the_console_and_per_epoch_in_the_file(output, 
     assert len(lines) == 4 and lines[-1].endswith("0:00:00 left")
     assert lines[0].startswith("Task 1/2 teacher: loss 0.5000, train accuracy 75.00 %, ")
     assert len(output()) == 4 + 2 * 2 * 3
-    assert any(line.startswith("Task 2/2 student epoch 3/3: loss 0.5000, train accuracy") for line in output())
+    assert any(line.startswith("Task 2/2 student epoch 3/3, lr 0.00033333333: loss 0.5000") for line in output())
     words = ("tasks", "phases", "epochs", "batches", "loss 0.5000", "images/s", "left")
     assert all(word in out.err for word in words) if bars else out.err == ""
 
@@ -105,7 +105,7 @@ def test_time_left_counts_from_where_a_resumed_run_started(monkeypatch):
     progress = Progress(False, 4, roles=("student",))
     progress.start_training(2, "student", 10, 5)  # 2.5 of 4 tasks were done before
     assert progress._left() == "time left unknown"
-    progress.start_epoch(5, 1)
+    progress.start_epoch(5, 1, 0.1)
     progress.step(1)
     now[0] = 10.0
     progress.end_epoch()  # 0.1 task in 10 s: the other 1.4 take 140 s
