@@ -7,8 +7,10 @@ over all rows of the global batch, counts are sums.
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -94,14 +96,73 @@ class Parallel:
 
 
 class SeveralGPUs(Parallel):
-    """``torch.nn.DataParallel`` over the GPUs of one process, as the original's ``--gpuid 0 1``."""
+    """``torch.nn.DataParallel`` over the GPUs of one process, as the original's ``--gpuid 0 1``.
+
+    All steps share one copy of each tensor on each further GPU. What a step does not train is sent when it is wrapped,
+    and then stays there.
+    """
 
     def __init__(self, gpuids: Sequence[int]) -> None:
         super().__init__(torch.device("cuda", gpuids[0]))
         self.gpuids = list(gpuids)
+        self._copies: list[dict[Tensor, Tensor]] = [{} for _ in gpuids[1:]]
 
     def wrap(self, step: nn.Module) -> nn.Module:
-        return DataParallel(step, device_ids=self.gpuids)
+        trained = {name: p for name, p in step.named_parameters() if p.requires_grad}
+        return _Replicas(self._replicas(step, trained), trained, self.gpuids)
+
+    def wrap_evaluation(self, step: nn.Module) -> nn.Module:
+        return _Replicas(self._replicas(step, {}), {}, self.gpuids)
+
+    @torch.inference_mode(False)  # a tensor made in it could not be used in training
+    @torch.no_grad()
+    def _replicas(self, step: nn.Module, trained: dict[str, nn.Parameter]) -> list[nn.Module]:
+        """The modules of ``step`` once for each GPU, on its tensors there, without the ``trained`` ones."""
+        placeholders = {id(p): p for p in trained.values()}
+        kept = [x for x in (*step.parameters(), *step.buffers()) if id(x) not in placeholders]
+        replicas = [copy.deepcopy(step, placeholders | {id(x): x for x in kept})]
+        for gpu, copies in zip(self.gpuids[1:], self._copies, strict=True):
+            for tensor in kept:
+                if tensor not in copies:
+                    copies[tensor] = torch.empty_like(tensor, device=torch.device(self.device.type, gpu))
+                copies[tensor].copy_(tensor)
+            replicas.append(copy.deepcopy(step, placeholders | {id(x): copies[x] for x in kept}))
+        for replica, name in itertools.product(replicas, trained):
+            module, _, attribute = name.rpartition(".")
+            delattr(replica.get_submodule(module), attribute)
+        return replicas
+
+
+class _Replicas(DataParallel):
+    """A step on several GPUs, of which each call sends the ``trained`` parameters, by name in the step.
+
+    ``replicas`` are its modules for each GPU without these, as they were when the step was wrapped.
+    """
+
+    def __init__(self, replicas: Sequence[nn.Module], trained: dict[str, nn.Parameter], gpuids: Sequence[int]) -> None:
+        sent = nn.Module()
+        for name, parameter in trained.items():
+            sent.register_parameter(name.replace(".", "/"), parameter)
+        super().__init__(sent, device_ids=gpuids)
+        self._replicas = tuple(replicas)  # not a list or submodules, which would be moved and counted
+        self._places = [
+            [(replica.get_submodule(name.rpartition(".")[0]), name) for name in trained] for replica in replicas
+        ]
+
+    def replicate(self, module: nn.Module, device_ids: Sequence[int]) -> list[nn.Module]:
+        """The replicas, with the trained parameters as they are now."""
+        for sent, places in zip(super().replicate(module, device_ids), self._places, strict=False):
+            for owner, name in places:
+                setattr(owner, name.rpartition(".")[2], getattr(sent, name.replace(".", "/")))
+        return list(self._replicas[: len(device_ids)])
+
+    def parallel_apply(self, replicas: Sequence[nn.Module], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
+        """Launch one replica after the other: GPUs work on while the host continues, which threads would slow down."""
+        outputs = []
+        for gpu, replica, own in zip(self.device_ids, replicas, inputs, strict=False):
+            with torch.cuda.device(gpu):
+                outputs.append(replica(*own))
+        return outputs
 
 
 class Distributed(Parallel):

@@ -1,17 +1,16 @@
 """Steps give the same gradients in one process, in several, and on replicas as DataParallel makes them."""
 
+import contextlib
 import hashlib
 import itertools
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel, gather, replicate
-from torch.nn.parallel.scatter_gather import scatter_kwargs
+from torch.nn.parallel import DistributedDataParallel
 
 from learners.build import StepCompiler
 from learners.distillers import DISTILLERS
@@ -158,59 +157,57 @@ def test_training_begins_with_the_first_processs_parameters():
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
 
 
-class Replicas(nn.Module):
-    """``nn.DataParallel`` on the CPU (see ``data_parallel_on_cpu``)."""
-
-    def __init__(self, step: nn.Module, parts: int) -> None:
-        super().__init__()
-        self.module, self.parts = step, parts
-
-    def forward(self, *inputs):
-        scattered, _ = scatter_kwargs(inputs, {}, range(self.parts))
-        with_gradient = torch.is_grad_enabled()
-        replicas = replicate(self.module, range(len(scattered)), not with_gradient)
-
-        def apply(replica: nn.Module, own: tuple):
-            torch.set_grad_enabled(with_gradient)  # of the caller's modes DataParallel hands on no other one
-            return replica(*own)
-
-        with ThreadPoolExecutor(self.parts) as threads:
-            return gather(list(threads.map(apply, replicas, scattered)), 0)
-
-
-def on_replicas(parts: int) -> Parallel:
-    where = Parallel(torch.device("cpu"))
-    where.wrap = lambda step: Replicas(step, parts)
-    return where
-
-
 @pytest.fixture
-def data_parallel_on_cpu(monkeypatch):
-    """torch's own scatter, replicate and gather, with chunks and copies where tensors would change the GPU."""
+def several_cpus(monkeypatch):
+    """``SeveralGPUs`` without GPUs: DataParallel with chunks and copies where tensors would change the GPU."""
 
     def copies(tensors, devices, detach=False):
+        sent.append(sum(tensor.numel() for tensor in tensors))
         return [[tensor.detach().clone() if detach else tensor.clone() for tensor in tensors] for _ in devices]
 
     def joined(target, dim, *tensors):
         assert all(tensor.dim() for tensor in tensors)  # scalars would be gathered with a warning
         return torch.cat(tensors, dim)
 
-    module = sys.modules["torch.nn.parallel.replicate"]
-    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copies)
-    monkeypatch.setattr(module, "_get_device_index", lambda index, *_: index)
-    module = sys.modules["torch.nn.parallel.scatter_gather"]
+    sent: list[int] = []
     cut = SimpleNamespace(apply=lambda targets, sizes, dim, tensor: tensor.chunk(len(targets), dim))
-    monkeypatch.setattr(module, "Scatter", cut)
-    monkeypatch.setattr(module, "Gather", SimpleNamespace(apply=joined))
+    for name, patches in {
+        "replicate": {"_broadcast_coalesced_reshape": copies, "_get_device_index": lambda index, *_: index},
+        "scatter_gather": {"Scatter": cut, "Gather": SimpleNamespace(apply=joined)},
+        "data_parallel": {"_get_available_device_type": lambda: "cpu", "_get_device_index": lambda index, *_: index},
+    }.items():
+        for attribute, value in patches.items():
+            monkeypatch.setattr(sys.modules[f"torch.nn.parallel.{name}"], attribute, value)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+
+    def places(number: int) -> SeveralGPUs:
+        where = SeveralGPUs(range(number))
+        where.device = torch.device("cpu")
+        for name in ("wrap", "wrap_evaluation"):
+            wrap = getattr(where, name)
+            setattr(where, name, lambda step, wrap=wrap: on_cpu(wrap(step)))
+        return where
+
+    def on_cpu(step: nn.Module) -> nn.Module:
+        step.src_device_obj = torch.device("cpu")
+        return step
+
+    return places, sent
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_replicas_compute_the_gradient_of_one_device(case, data_parallel_on_cpu):
-    assert compare(case, on_replicas(2))[0] < 1e-9
+def test_replicas_compute_the_gradient_of_one_device(case, several_cpus):
+    """Only what is trained is sent, each parameter once in a step."""
+    places, sent = several_cpus
+    worst, volumes, _ = compare(case, places(2))
+    assert worst < 1e-9
+    assert {8 * elements for elements in sent if elements} == {trained for _, trained in volumes}
 
 
-def test_replicas_count_the_same_answers(data_parallel_on_cpu):
-    assert_same_counts(on_replicas(3), CPU)
+def test_replicas_count_the_same_answers(several_cpus):
+    places, sent = several_cpus
+    assert_same_counts(places(3), CPU)
+    assert sum(sent) == 0
 
 
 def assert_same_counts(*places):
