@@ -23,7 +23,7 @@ LEARNERS = ("CODAPrompt", "DualPrompt", "L2P")
 METHODS = ("KD_Token", "KD", "DKD", "FitNets", "ReviewKD", "none")
 CONFIG = ("--config", "configs/emoji-r_prompt.yaml", "--gpuid", "-1", "--no_progress")
 SHORT = (*CONFIG, "--max_task", "2", "--schedule", "2")
-CODA_KDP = ("--learner_name", "CODAPrompt", "--KD_method", "KD_Token")
+CODA_TOKEN = ("--learner_name", "CODAPrompt", "--KD_method", "KD_Token")
 
 RUNS: dict[str, tuple[str, ...]] = {
     **{
@@ -31,17 +31,17 @@ RUNS: dict[str, tuple[str, ...]] = {
         for learner in LEARNERS
         for method in METHODS
     },
-    "repeat": (*SHORT, *CODA_KDP, "--repeat", "2"),
+    "repeat": (*SHORT, *CODA_TOKEN, "--repeat", "2"),
     "teacher_from": (*SHORT, "--learner_name", "CODAPrompt", "--KD_method", "DKD", "--teacher_from", "CODAPrompt-KD"),
-    "memory": (*SHORT, *CODA_KDP, "--memory", "40", "--DW"),
-    "validation": (*SHORT, *CODA_KDP, "--validation"),
-    "shuffled": (*SHORT, *CODA_KDP, "--class_order", "shuffled"),
-    "accumulate": (*SHORT, *CODA_KDP, "--accumulate", "2"),
-    "workers": (*SHORT, *CODA_KDP, "--workers", "2"),
-    "ortho": (*SHORT, *CODA_KDP, "--prompt_param", "100", "8", "0.1"),
-    "sgd": (*SHORT, *CODA_KDP, "--optimizer", "SGD", "--schedule_type", "decay", "--schedule", "1", "2"),
-    "killed": (*SHORT, *CODA_KDP),
-    "quickstart": (*CONFIG, *CODA_KDP, "--prompt_param", "100", "8", "0.0"),
+    "memory": (*SHORT, *CODA_TOKEN, "--memory", "40", "--DW"),
+    "validation": (*SHORT, *CODA_TOKEN, "--validation"),
+    "shuffled": (*SHORT, *CODA_TOKEN, "--class_order", "shuffled"),
+    "accumulate": (*SHORT, *CODA_TOKEN, "--accumulate", "2"),
+    "workers": (*SHORT, *CODA_TOKEN, "--workers", "2"),
+    "ortho": (*SHORT, *CODA_TOKEN, "--prompt_param", "100", "8", "0.1"),
+    "sgd": (*SHORT, *CODA_TOKEN, "--optimizer", "SGD", "--schedule_type", "decay", "--schedule", "1", "2"),
+    "killed": (*SHORT, *CODA_TOKEN),
+    "quickstart": (*CONFIG, *CODA_TOKEN, "--prompt_param", "100", "8", "0.0"),
 }  # "killed" is ended by SIGKILL twice and resumed
 
 

@@ -173,7 +173,7 @@ def test_gpus_that_torch_cannot_use(tmp_path, capsys, monkeypatch):
 
 
 def test_a_mistake_of_every_kind_is_reported_in_one_go(tmp_path, capsys, no_gpu):
-    words = "--kd_alpha 2 --gpuid 0 --KD_method KDP --t_model vit_bas_patch16_224 --prompt_param 1 --foo"
+    words = "--kd_alpha 2 --gpuid 0 --KD_method DCDL --t_model vit_bas_patch16_224 --prompt_param 1 --foo"
     assert run.main([*command({"lr": "fast", "batchsize": 3}, tmp_path), *words.split()]) == 2
     error = capsys.readouterr().err
     for word in ("lr in", "batchsize", *words.split()[::2], "--foo"):

@@ -71,7 +71,7 @@ DISTILLERS: Registry[DistillerEntry] = Registry(
     {
         "KD_Token": DistillerEntry(
             "learners.distillers.kd_token:KDToken",
-            "KDP: KD token and KD prompts in the student, own head",
+            "D-CDL: KD token and KD prompts in the student, own head",
             requires=(kd_prompt_fits,),
         ),
         "KD": DistillerEntry("learners.distillers.kd:KD", "softened logits of the teacher (Hinton et al. 2015)"),

@@ -1,4 +1,4 @@
-"""KDP, called KD_Token (Zhang et al., Continual Distillation Learning, arXiv 2407.13911): KD prompts."""
+"""D-CDL, called KD_Token on the command line (Zhang et al. 2026, arXiv 2407.13911): a KD token and KD prompts."""
 
 from __future__ import annotations
 

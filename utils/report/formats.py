@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from utils.metrics import MEASURES
 from utils.report.runs import Run
-from utils.report.table import Cell, Line, Pair
+from utils.report.table import Cell, Line
 
 TITLE = "Continual Distillation Learning: results"
 ABOUT = (
@@ -25,10 +25,10 @@ _ABOUT_GAINS = (
     "sample standard deviation of the n paired differences."
 )
 _ABOUT_PAPER = (
-    "Source of the paper's numbers: average accuracy / forgetting of the student after 10 tasks, from the project page "
-    "of the authors of Continual Distillation Learning (arXiv 2407.13911). Their column KD-Token is the token alone, "
-    "--kd_prompt_param 1 6 here; KDP itself is 12 6, for which a summary of the paper gives 84.31 % (CIFAR-100, "
-    "ViT-Base to ViT-Small, CODAPrompt)."
+    "The paper's numbers: average accuracy / forgetting of the student after 10 tasks, from the authors' project page "
+    "irvlutd.github.io/CDL as of 2026-08-17 (Zhang, Guo and Xiang, Continual Distillation Learning for Rehearsal-Free "
+    "Class-Incremental Learning via Decoupled Prompting, CoLLAs 2026, arXiv 2407.13911). Its column DeiT is KD_Token "
+    "1 6 here and D-CDL is KD_Token 12 6. It gives no spread."
 )
 _NAMES = ("teacher → student", "learner")
 _RUN = ("folder", "data", *_NAMES, "KD method", "seed", "tasks", "accuracy (%)", "forgetting", "teacher (%)", "time")
@@ -38,7 +38,7 @@ _CSV_OTHERS = "paper_accuracy paper_forgetting difference_accuracy difference_fo
 _CSV_GAINS = "gain_over_none_mean gain_over_none_std gain_over_none_n"
 _CAPTION = (
     "average accuracy (%) / forgetting (points) of the student, mean ± standard deviation over n seeds; paper: the "
-    "project page of arXiv 2407.13911."
+    "authors' project page (arXiv 2407.13911) as of 2026-08-17."
 )
 _TEX = str.maketrans(
     {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
@@ -128,13 +128,13 @@ def _run(run: Run) -> list[list[Text]]:
     return [[text] for text in (*map(Text, names), tasks, *map(Text, results), state)]
 
 
-def _number(value: float | None, sign: str = "", missing: str = "") -> str:
-    return missing if value is None else f"{round(value, 2) + 0.0:{sign}.2f}".replace("-", "−")  # + 0.0: no −0.00
+def _number(value: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{round(value, 2) + 0.0:{sign}.2f}".replace("-", "−")  # + 0.0: no −0.00
 
 
-def pair(values: Pair | None, sign: str = "") -> str:
+def pair(values: tuple[float, float] | None, sign: str = "") -> str:
     """``82.39 / 7.33``; empty for None."""
-    return " / ".join(_number(value, sign, missing="–") for value in values or ())
+    return " / ".join(_number(value, sign) for value in values or ())
 
 
 def spread(measured: Sequence[float | None] | None, sign: str = "") -> str:
