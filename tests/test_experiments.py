@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import table
+from experiments import first_epochs, table
 from tests.processes import ROOT
+from utils.checkpoint import ARGS_END
+from utils.logging import Progress, setup_logging
 
 SCRIPTS = [*ROOT.glob("experiments/*.s*"), ROOT / "tests/run.sh", ROOT / ".ci/run", ROOT / "install_requirements.sh"]
 STUB = r"""#!/bin/sh
@@ -161,3 +163,48 @@ def test_table(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         table.main([*command, "2"])
     assert "other settings" in capsys.readouterr().err
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A folder as a run leaves it that was stopped in the teacher's third epoch, after it repeated the second."""
+    settings = "dataset: ImageNet_R\nbatch_size: 64\nlearner_name: CODAPrompt\nprompt_param: [100, 8, 0]\n"
+    (tmp_path / "args.yaml").write_text(settings + "t_model: vit_base_patch16_224\n" + ARGS_END)
+    setup_logging(tmp_path / "output.log")
+    for loss, first in ((1.5, 0), (0.9, 1), (0.75, 1)):
+        progress = Progress(False, 10, roles=("teacher", "student"))
+        progress.start_training(0, "teacher", 35, first)
+        progress.start_epoch(first, 1, 0.001)
+        progress.step(64)
+        progress.update(loss, 60.0)
+        progress.end_epoch()
+    setup_logging(None)
+    return tmp_path
+
+
+def test_first_epochs_are_beside_the_authors(started, capsys):
+    assert first_epochs.main([str(started)]) == 0
+    rows = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert rows[:2] == [["1", "1.5000", "1.656", "60.00", "56.155"], ["2", "0.7500", "0.672", "60.00", "82.576"]]
+    assert rows[3] == ["4", "-", "0.401", "-", "88.542"]
+    (started / "args.yaml").write_text((started / "args.yaml").read_text().replace("64", "32"))
+    (started / "Results").mkdir()
+    (started / "Results/acc.csv").write_text("90.00\n80.00\n")
+    assert first_epochs.main([str(started)]) == 0
+    assert "task 2                       80.00    87.06\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        ("args.yaml", "64", "16", "ImageNet_R with --batch_size 32"),
+        ("args.yaml", "CODAPrompt", "L2P", "CODAPrompt with --prompt_param 100 8 0"),
+        ("args.yaml", ARGS_END, "", "damaged"),
+        ("output.log", "teacher", "student", "no epoch of a teacher"),
+    ],
+)
+def test_first_epochs_of_other_runs_are_refused(started, capsys, file, old, new, says):
+    (started / file).write_text((started / file).read_text().replace(old, new))
+    with pytest.raises(SystemExit, match="2"):
+        first_epochs.main([str(started)])
+    assert says in capsys.readouterr().err

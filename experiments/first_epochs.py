@@ -1,0 +1,81 @@
+"""A run's first epochs beside those that the authors logged: are its data, weights and schedule theirs?
+
+    python -m experiments.first_epochs LOG_DIR
+
+LOG_DIR belongs to a run of CODAPrompt (--prompt_param 100 8 0) with a ViT-Base teacher, finished or not: the first
+epochs of the paper's command take minutes on a GPU. The authors' figures are those of the logs in
+github.com/IRVLUTD/CDL: one seed on two GPUs, ImageNet-R with batches of 64 from a later version of their code, all
+others from July 2024.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from utils.checkpoint import LOG, RunFolder, RunFolderError
+
+# Data set and batch size -> mean loss / training accuracy (%) of the teacher's first epochs on task 1.
+EPOCHS = {
+    ("ImageNet_R", 64): "1.656/56.155 0.672/82.576 0.524/85.464 0.401/88.542",
+    ("ImageNet_R", 32): "1.291/66.2 0.478/86.6 0.372/89.1 0.321/89.7 0.267/92.1",
+    ("CIFAR100", 32): "0.588/82.1 0.222/92.7 0.194/93.7",
+}
+# Data set and batch size -> the teacher's average accuracy (%) after each task.
+TASKS = {
+    ("ImageNet_R", 32): "94.29 87.06 85.56 82.58 81.65 80.01 78.83 77.53 77.16 75.79",
+    ("CIFAR100", 32): "99.10 95.60 94.30 92.10 91.34 88.15 87.34 87.00 87.08 85.60",
+}
+_LINE = re.compile(r"  Task 1/\d+ teacher epoch (\d+)/\d+, .*?: loss (\S+), train accuracy (\S+) %")
+
+
+def compare(log_dir: Path) -> list[str]:
+    """The lines of both tables; raises RunFolderError if there is nothing to compare."""
+    folder = RunFolder(log_dir)
+    settings = folder.settings()
+    run = (settings["dataset"], settings["batch_size"])
+    like_theirs = (settings["learner_name"], settings["prompt_param"]) == ("CODAPrompt", [100, 8, 0])
+    if run not in EPOCHS or not like_theirs or not settings["t_model"].startswith("vit_base_patch16_224"):
+        logged = ", ".join(f"{dataset} with --batch_size {size}" for dataset, size in EPOCHS)
+        what = "the authors' logs are of CODAPrompt with --prompt_param 100 8 0, teacher vit_base_patch16_224 and"
+        raise RunFolderError(f"{log_dir} has other settings: {what} {logged}")
+    text = (log_dir / LOG).read_text(encoding="utf-8")
+    epochs = {epoch: [loss, accuracy] for epoch, loss, accuracy in _LINE.findall(text)}  # a repeated epoch counts last
+    if not epochs:
+        raise RunFolderError(f"{log_dir / LOG} holds no epoch of a teacher yet; wait for the first")
+    lines = [
+        f"Teacher ({settings['t_model']}) on {run[0]}, batches of {run[1]}",
+        f"{'task 1':<12}{'loss':>8}{'authors':>9}{'accuracy (%)':>14}{'authors':>9}",
+    ]
+    for epoch, theirs in enumerate(EPOCHS[run].split(), start=1):
+        loss, accuracy = epochs.get(str(epoch), ("-", "-"))
+        their_loss, their_accuracy = theirs.split("/")
+        lines.append(f"epoch {epoch:<6}{loss:>8}{their_loss:>9}{accuracy:>14}{their_accuracy:>9}")
+    results = log_dir / "Results/acc.csv"
+    ours = results.read_text().split() if results.exists() else []
+    if ours and run in TASKS:
+        lines += ["", f"{'after':<12}{'average accuracy (%)':>22}{'authors':>9}"]
+        pairs = zip_longest(ours, TASKS[run].split(), fillvalue="-")
+        lines += [f"task {task:<7}{mine:>22}{theirs:>9}" for task, (mine, theirs) in enumerate(pairs, start=1)]
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "python -m experiments.first_epochs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("log_dir", metavar="LOG_DIR", type=Path)
+    try:
+        print("\n".join(compare(parser.parse_args(argv).log_dir)))
+    except (OSError, RunFolderError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
