@@ -78,7 +78,8 @@ def load_backbones(config: Config) -> dict[str, Backbone]:
     wanted = {"student": (config.student_model, config.student_weights)}
     if DISTILLERS[config.distill.method].needs_teacher:
         wanted = {"teacher": (config.teacher_model, config.teacher_weights)} | wanted
-    loaded = {key: load_backbone(key[0], weights=key[1]) for key in dict.fromkeys(wanted.values())}
+    normalize = config.normalize == "model"
+    loaded = {key: load_backbone(key[0], weights=key[1], normalize=normalize) for key in dict.fromkeys(wanted.values())}
     if config.precision in REDUCED:
         for backbone in loaded.values():
             backbone.vit.reduce_precision(REDUCED[config.precision])

@@ -61,9 +61,12 @@ def trained_student(config: Config) -> tuple[StudentClassifier, dict[str, Any]]:
         "task": task,
         "classes_seen": seen,
         "class_names": info["class_names"][:seen],
-        "input": "RGB images [B, 3, H, W] in [0, 1], without mean and standard deviation",
+        "input": "RGB images [B, 3, H, W] in [0, 1], not normalised by mean and standard deviation",
     }
-    backbone = load_backbone(config.student_model, weights=config.student_weights)
+    normalize = config.normalize == "model"
+    backbone = load_backbone(config.student_model, weights=config.student_weights, normalize=normalize)
+    used = backbone.vit.mean_std
+    metadata["mean_std"] = None if used is None else used.flatten(1).tolist()  # the student does it itself
     check_same_data({"backbone_sha256": {"student": backbone.sha256}}, folder)
     classifier = build_student(metadata, backbone.vit)
     student, distiller = classifier.student, classifier.distiller
@@ -127,6 +130,8 @@ def load_exported(path: Path) -> StudentClassifier:
             metadata = json.loads(file.metadata()["description"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         vit = load_backbone(metadata["backbone"], pretrained=False).vit
+        if metadata["mean_std"] is not None:
+            vit.normalize(*metadata["mean_std"])
         classifier = build_student(metadata, vit)
         expected = _tensors(classifier).keys()
         if expected != tensors.keys():

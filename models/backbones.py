@@ -58,13 +58,17 @@ def full_name(name: str) -> str:
     return f"{config.architecture}.{config.tag}" if config is not None and config.tag else name
 
 
-def load_backbone(name: str, *, weights: Path | None = None, pretrained: bool = True) -> Backbone:
+def load_backbone(
+    name: str, *, weights: Path | None = None, pretrained: bool = True, normalize: bool = False
+) -> Backbone:
     """Build a frozen backbone.
 
     Args:
         name: ``mini_vit_base``, ``mini_vit_small``, or a timm ``VisionTransformer`` with or without tag.
         weights: ``.pth``, ``.safetensors`` or Google's ``.npz`` with the weights, instead of timm's own.
         pretrained: False for random weights, drawn from torch's global generator, for tests and benchmarks.
+        normalize: whether pretrained weights get images as they did in their training, that is, less a mean and divided
+            by a standard deviation; a file's weights are taken for those of ``name``. The project's own had neither.
 
     Raises:
         BackboneError: the name, the file or the kind of model cannot be used, or there are no weights.
@@ -90,6 +94,8 @@ def load_backbone(name: str, *, weights: Path | None = None, pretrained: bool = 
             overlay = {"file": str(path), "custom_load": False}
             vit = timm.create_model(full, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
         prompted = PromptedViT(vit)
+    if normalize and hasattr(vit, "pretrained_cfg"):  # the project's own have none
+        prompted.normalize(vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
     tag = full if weights is None else full.partition(".")[0]
     _log.info("weights of %s from %s", tag, path)
     return Backbone(prompted, tag, sha256_of(path), str(path))

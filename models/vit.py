@@ -74,6 +74,7 @@ class PromptedViT(nn.Module):
         check_supported(vit)
         self.vit = vit.eval().requires_grad_(False)
         self.autocast_dtype: torch.dtype | None = None
+        self.register_buffer("mean_std", None, persistent=False)
         # timm moves the last norm behind the pooling for average-pooled models.
         self.final_norm = vit.norm if not isinstance(vit.norm, nn.Identity) else vit.fc_norm
 
@@ -110,12 +111,19 @@ class PromptedViT(nn.Module):
         self.autocast_dtype = dtype
         return self
 
+    def normalize(self, mean: Sequence[float], std: Sequence[float]) -> PromptedViT:
+        """Subtract ``mean`` from the colours of all images and divide them by ``std`` (3 numbers each), in place."""
+        self.mean_std = torch.tensor([mean, std])[..., None, None]  # [2, 3, 1, 1]
+        return self
+
     def train(self, mode: bool = True) -> PromptedViT:
         """Stay in evaluation mode: the backbone is frozen (no dropout, no drop-path)."""
         return super().train(False)
 
     def embed(self, images: Tensor) -> Tensor:
         """Turn images [B, 3, H, W] in [0, 1] into the tokens [B, N, D] that enter block 0."""
+        if self.mean_std is not None:
+            images = (images - self.mean_std[0]) / self.mean_std[1]
         with self._arithmetic(images.device):
             # timm has no public function for the tokens before block 0.
             return self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(images)))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 import run
 from learners import evaluate
@@ -172,6 +173,26 @@ class TestExport:
         assert on(copy, "--export", copy / "classes.pt2") == 2
         assert ".json would be replaced" in capsys.readouterr().err
         assert runs.snapshot(copy) == before
+
+
+def test_normalised_images(config, images, tmp_path, capsys, monkeypatch):
+    """Recorded in args.yaml, refused when it changes, and part of the exported student."""
+    own = {"mean": (0.2, 0.4, 0.6), "std": (0.5, 0.25, 0.2)}
+    monkeypatch.setattr(VisionTransformer, "pretrained_cfg", own, raising=False)
+    flags = ("--KD_method", "KD", "--schedule", 1)
+    folder = runs.finish(config, tmp_path / "run", *flags, "--normalize", "model")
+    assert on(folder, "--eval_only") == 0
+    pixels, expected = student_logits(folder, images)
+    monkeypatch.delattr(VisionTransformer, "pretrained_cfg")
+    assert not torch.allclose(student_logits(folder, images)[1], expected)
+    monkeypatch.setattr(VisionTransformer, "pretrained_cfg", own, raising=False)
+    for name, load in (("s.safetensors", load_exported), ("s.pt2", lambda path: torch.export.load(path).module())):
+        assert on(folder, "--export", tmp_path / name) == 0
+        torch.testing.assert_close(load(tmp_path / name)(pixels), expected, atol=1e-5, rtol=0)
+    assert run.main(runs.arguments(config, folder, *flags)) == 2
+    assert "normalize model -> none" in capsys.readouterr().err
+    assert run.main(runs.arguments(config, tmp_path / "other", *flags, "--teacher_from", folder)) == 2
+    assert "normalize model there, none here" in capsys.readouterr().err
 
 
 def test_prediction(folder, images, tmp_path, capsys):

@@ -290,6 +290,13 @@ class Config:
     student_weights: Path | None = option(
         None, path("a file"), MODELS, "student's weights; default: its own", key="s_weights"
     )
+    normalize: str = option(
+        "none",
+        choice("none", "model"),
+        MODELS,
+        "normalise images by mean and standard deviation: not, or as each model's weights were trained",
+        paper="none",
+    )
     teacher_from: Path | None = flag(
         None, path("a folder"), MODELS, "log_dir of a run with another KD method, whose trained teachers to use"
     )

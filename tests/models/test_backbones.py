@@ -90,6 +90,17 @@ def test_weights_from_a_file(tmp_path, file, save):
     assert backbone[1:] == (NAME, hashlib.sha256(path.read_bytes()).hexdigest(), str(path))
 
 
+def test_images_are_normalised_as_for_the_weights(tmp_path):
+    name, path = "vit_base_patch16_clip_224", tmp_path / "w.pth"
+    torch.save(state_of(name), path)
+    plain, own = (load_backbone(name, weights=path, normalize=each).vit for each in (False, True))
+    mean, std = torch.tensor([[0.4815, 0.4578, 0.4082], [0.2686, 0.2613, 0.2758]])[..., None, None]
+    images = torch.rand(2, 3, 48, 48)
+    torch.testing.assert_close(own.embed(images), plain.embed((images - mean) / std), atol=1e-2, rtol=0)
+    assert own.state_dict().keys() == plain.state_dict().keys()
+    assert load_backbone("mini_vit_small", normalize=True).vit.mean_std is None
+
+
 class Code:
     """Unpickling it makes a folder."""
 
