@@ -112,7 +112,8 @@ def build_learner(
         dims = PromptDims(student.embed_dim, vit.embed_dim, vit.depth, num_tasks)
         with seeded(config.seed, "init", role):
             models[role] = PromptedModel(vit, pool.load()(dims=dims, **prompts), num_classes)
-    dims = DistillDims(student.embed_dim, teacher.embed_dim, student.depth, teacher.depth, num_classes)
+    widths, depths = (student.embed_dim, teacher.embed_dim), (student.depth, teacher.depth)
+    dims = DistillDims(*widths, *depths, num_classes, models["student"].prompt.make_head)
     with seeded(config.seed, "init", "distiller", config.distill.method):
         distiller = entry.load()(config.distill, dims)
     compile_step = StepCompiler() if config.compile else lambda step: step

@@ -1,4 +1,4 @@
-"""Backbone, prompt pool and linear head: the model that teacher and student both are."""
+"""Backbone, prompt pool and head: the model that teacher and student both are."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ModelOutput(NamedTuple):
 
 
 class PromptedModel(nn.Module):
-    """A frozen ViT with a prompt pool (``prompt``) and a linear head over all classes (``last``).
+    """A frozen ViT with a prompt pool (``prompt``) and the pool's head over all classes (``last``).
 
     Args:
         vit: several models may share one.
@@ -46,7 +46,7 @@ class PromptedModel(nn.Module):
         super().__init__()
         self.vit = vit
         self.prompt = prompt
-        self.last = nn.Linear(vit.embed_dim, num_classes)
+        self.last = prompt.make_head(vit.embed_dim, num_classes)
 
     def forward(
         self, tokens: Tensor, query: Tensor | None, inputs: StudentInputs | None = None, *, return_blocks: bool = False

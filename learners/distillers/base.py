@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,13 +15,17 @@ from utils.config import DistillConfig
 
 
 class DistillDims(NamedTuple):
-    """Sizes a KD method may need: widths and depths of both backbones and the number of classes C."""
+    """What a KD method may need of the models: widths and depths of both, the number of classes C, the student's head.
+
+    ``make_head(width, C)`` makes a new head like the student's.
+    """
 
     student_dim: int
     teacher_dim: int
     student_depth: int
     teacher_depth: int
     num_classes: int
+    make_head: Callable[[int, int], nn.Module] = nn.Linear
 
 
 class Distiller(nn.Module):

@@ -39,7 +39,7 @@ class KDToken(Distiller):
         super().__init__(config, dims)
         self.depth = dims.student_depth
         self.kd_prompt = KDPrompt(*config.prompt_param, dims.student_dim)
-        self.kd_last = nn.Linear(dims.student_dim, dims.num_classes)
+        self.kd_last = dims.make_head(dims.student_dim, dims.num_classes)
 
     def student_inputs(self) -> StudentInputs:
         return StudentInputs(self.kd_prompt.suffixes(self.depth), self.kd_prompt.kd_p_0)

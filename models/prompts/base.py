@@ -60,6 +60,10 @@ class PromptPool(nn.Module):
         """Select the prompts for a batch; ``query`` is [B, Dq] without gradient."""
         raise NotImplementedError
 
+    def make_head(self, width: int, num_classes: int) -> nn.Module:
+        """A new head: final-norm tokens [B, width] to logits [B, num_classes]; also that of a KD method's token."""
+        return nn.Linear(width, num_classes)
+
     def usage(self, query: Tensor) -> dict[str, Tensor]:
         """Sum over a batch how much of each entry it selects, if there are any: layer name -> [M]."""
         return {}
