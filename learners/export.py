@@ -74,7 +74,7 @@ def trained_student(config: Config) -> tuple[StudentClassifier, dict[str, Any]]:
     def load(state: dict[str, Tensor]) -> None:
         own = student.trained_state().keys()
         student.load_trained_state({key: state[key] for key in own if key in state})
-        if not distiller.needs_blocks:  # else it has only parts for training
+        if distiller.affects_answers:  # else it has only parts for training
             distiller.load_state_dict({key: value for key, value in state.items() if key not in own})
 
     load_model(folder, "student", task, load)
@@ -143,9 +143,9 @@ def load_exported(path: Path) -> StudentClassifier:
 
 
 def _tensors(classifier: StudentClassifier) -> dict[str, Tensor]:
-    """The tensors that evaluation needs, each once; not those that compare features with a teacher's."""
+    """The tensors that evaluation needs, each once; not those of a KD method for training alone."""
     named = dict(classifier.named_parameters()) | dict(classifier.named_buffers())
     saved = classifier.state_dict().keys() & named.keys()
-    if classifier.distiller.needs_blocks:
+    if not classifier.distiller.affects_answers:
         saved = {key for key in saved if not key.startswith("distiller.")}
     return {key: named[key].detach().contiguous() for key in sorted(saved)}

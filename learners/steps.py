@@ -112,6 +112,10 @@ class StudentStep(Step):
         student = self.student(tokens, query, inputs, return_blocks=self.distiller.needs_blocks)
         predicted = self.distiller.predict(student)
         terms = self.distiller(student, teacher, targets, classes, self.class_weights)
+        for name, term in terms.items():
+            if term.shape != ():
+                method, shape = type(self.distiller).__name__, tuple(term.shape)
+                raise ValueError(f"{method}: the term {name!r} of the loss must be a scalar, but has the shape {shape}")
         if "feature" in terms:
             terms["feature"] = self.aux_loss_scale * terms["feature"]
         terms["prompt"] = self.aux_loss_scale * student.prompt_loss
@@ -126,7 +130,8 @@ class StudentStep(Step):
                 return self.teacher(self.teacher.vit.embed(images), query, return_blocks=needs_blocks)
         with torch.inference_mode():
             output = self.teacher(self.teacher.vit.embed(images), query)
-        return ModelOutput(output.logits.clone(), output.extra.clone(), (), output.prompt_loss.clone())
+        logits, features, extra, blocks, prompt_loss = output
+        return ModelOutput(logits.clone(), features.clone(), extra.clone(), blocks, prompt_loss.clone())
 
 
 class EvalStep(nn.Module):

@@ -121,6 +121,10 @@ def _log_start(config: Config, objects: Run) -> None:
     _log.debug("Environment: %s", json.dumps(environment()))
     for key in config.without_effect:
         _log.warning("%s is accepted from the original's configurations and has no effect", key)
+    in_parts = config.accumulate > 1 or objects.parallel.world_size > 1 or len(config.gpuid or ()) > 1
+    if in_parts and not objects.learner.distiller.mean_over_images:
+        only = "here only those of the same device and part of a batch (--gpuid, --accumulate)"
+        _log.warning("%s compares images with each other, %s", config.distill.method, only)
     for role, backbone in objects.backbones.items():
         _log.info("%s backbone: %s (sha256 %s)", role.capitalize(), backbone.tag, backbone.sha256)
     _log.info(

@@ -23,12 +23,14 @@ class ModelOutput(NamedTuple):
 
     Attributes:
         logits: of the class token's head, [B, C].
+        features: final-norm class token, [B, D].
         extra: final-norm extra tokens, [B, T, D].
         blocks: outputs of all blocks, L x [B, N + T, D]; () unless asked for.
         prompt_loss: the pool's loss, a scalar.
     """
 
     logits: Tensor
+    features: Tensor
     extra: Tensor
     blocks: tuple[Tensor, ...]
     prompt_loss: Tensor
@@ -65,7 +67,7 @@ class PromptedModel(nn.Module):
             prompts = [each._replace(suffix=suffix) for each, suffix in zip(prompts, inputs.suffixes, strict=True)]
         features = self.vit(tokens, prompts, inputs.extra_tokens, return_blocks=return_blocks)
         prompt_loss = features.cls.new_zeros(()) if prompt_loss is None else prompt_loss
-        return ModelOutput(self.last(features.cls), features.extra, features.blocks, prompt_loss)
+        return ModelOutput(self.last(features.cls), features.cls, features.extra, features.blocks, prompt_loss)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Pool and head under the original's names (``prompt.e_p_0``, ``last.weight``)."""

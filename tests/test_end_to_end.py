@@ -1,4 +1,4 @@
-"""Every pair of learner and KD method through ``run.py``, two tasks on small images."""
+"""Every learner and every KD method through ``run.py``, two tasks on small images."""
 
 import json
 import math
@@ -9,17 +9,16 @@ import pytest
 
 import run
 from learners.distillers import DISTILLERS
-from models.prompts import PROMPTS
 from tests import runs
+from tests.learners import small
 from tests.processes import ROOT
 from utils.checkpoint import from_bytes
 
 PARAMS = {"DualPrompt": ("--prompt_param", 4, 4, 4)}
 
 
-@pytest.mark.parametrize("kd_method", list(DISTILLERS))
-@pytest.mark.parametrize("pool", list(PROMPTS))
-def test_every_pair(pool, kd_method, config, tmp_path):
+@pytest.mark.parametrize(("pool", "kd_method"), small.EACH)
+def test_every_learner_and_method(pool, kd_method, config, tmp_path):
     flags = ("--learner_name", pool, "--KD_method", kd_method, "--schedule", 1, *PARAMS.get(pool, ()))
     folder = runs.finish(config, tmp_path / "run", *flags)
     roles = {"T": "teacher", "S": "student"} if DISTILLERS[kd_method].needs_teacher else {"S": "student"}

@@ -35,17 +35,26 @@ class Distiller(nn.Module):
     :meth:`predict`. Parameters that it registers are trained with the student and saved with it.
 
     Attributes:
-        needs_blocks: whether :meth:`feature` reads the outputs of both models' blocks.
-        needs_teacher: whether there is a teacher at all; without one, the objective is CE alone.
+        needs_blocks: whether the method reads the outputs of both models' blocks.
+        mean_over_images: whether each term is a mean over the images. False where images are compared with each
+            other: a batch in parts, on several devices or by ``accumulate``, is then not the whole batch.
+        compares_logits: whether the term ``distill`` is zero where both models have the same logits.
     """
 
     needs_blocks: ClassVar[bool] = False
-    needs_teacher: ClassVar[bool] = True
+    mean_over_images: ClassVar[bool] = True
+    compares_logits: ClassVar[bool] = True
 
     def __init__(self, config: DistillConfig, dims: DistillDims) -> None:
         super().__init__()
         self.alpha = config.alpha
         self.temperature = config.temperature
+
+    @property
+    def affects_answers(self) -> bool:
+        """Whether the student's answers depend on the method, whose parts evaluation then needs."""
+        own = type(self)
+        return own.predict is not Distiller.predict or own.student_inputs is not Distiller.student_inputs
 
     def student_inputs(self) -> StudentInputs:
         """Prompts and tokens to inject into the student."""
@@ -69,21 +78,20 @@ class Distiller(nn.Module):
             class_weights: a weight for each class [C], or None.
         """
         ce = task_cross_entropy(student.logits, targets, classes, class_weights)
-        if not self.needs_teacher:
+        if teacher is None:
             return {"ce": ce}
         terms = {"ce": (1 - self.alpha) * ce, "distill": self.distill(student, teacher, targets, classes)}
-        if self.needs_blocks:
-            terms["feature"] = self.feature(student, teacher)
-        return terms
+        feature = self.feature(student, teacher)
+        return terms if feature is None else {**terms, "feature": feature}
 
     def distill(self, student: ModelOutput, teacher: ModelOutput, targets: Tensor, classes: ClassRange) -> Tensor:
         """The distillation term with its weight alpha; by default Hinton's on the class head."""
         active = slice(*classes)
         return self.alpha * kd_loss(student.logits[:, active], teacher.logits[:, active], temperature=self.temperature)
 
-    def feature(self, student: ModelOutput, teacher: ModelOutput) -> Tensor:
-        """The loss between features, with its weight."""
-        raise NotImplementedError
+    def feature(self, student: ModelOutput, teacher: ModelOutput) -> Tensor | None:
+        """The loss between features, with its weight, to which ``aux_loss_scale`` applies; by default none."""
+        return None
 
     def predict(self, student: ModelOutput) -> Tensor:
         """Logits [B, C] that the student answers with."""

@@ -5,5 +5,3 @@ from learners.distillers.base import Distiller
 
 class NoDistillation(Distiller):
     """Plain cross entropy with weight 1; no teacher is built or trained."""
-
-    needs_teacher = False

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dataloaders.tasks import ClassRange
 from learners.build import build_learner
+from learners.distillers import DISTILLERS
 from learners.learner import TeacherStudentLearner
 from models.prompts import PROMPTS
 from models.vit import PromptedViT
@@ -18,6 +19,11 @@ CLASSES = TASKS * PER_TASK
 BATCH = 4
 # Where the paper's values (the default here) do not fit 3 tasks of a narrow ViT.
 PROMPT_PARAM = {"CODAPrompt": (7, 4, 0.0)}
+# For what does not depend on the pair: every pool with one KD method, and every KD method with one pool.
+EACH = [(pool, "KD_Token") for pool in PROMPTS]
+EACH += [("CODAPrompt", method) for method in DISTILLERS if method != "KD_Token"]
+# Methods whose losses are means over the images of a batch.
+MEANS = [method for method in DISTILLERS if DISTILLERS[method].load().mean_over_images]
 
 
 def vit(*, dim: int = 16, depth: int = 2, seed: int = 0, **options) -> PromptedViT:

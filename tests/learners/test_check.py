@@ -3,7 +3,6 @@
 import pytest
 
 from learners import check
-from learners.distillers import DISTILLERS
 from models.prompts import PROMPTS
 from models.sizes import known_size
 from utils.config import DistillConfig, make_config
@@ -42,11 +41,6 @@ def test_requirements_of_kd_methods(name, teacher, student, kd_prompt_param, wor
     problems = check.model_problems(DistillConfig(name, kd_prompt_param), teacher, student)
     assert len(problems) == len(words)
     assert all(word in problem for word, problem in zip(words, problems, strict=True))
-
-
-@pytest.mark.parametrize("name", DISTILLERS)
-def test_classes_and_table_agree_on_the_teacher(name):
-    assert DISTILLERS[name].load().needs_teacher == DISTILLERS[name].needs_teacher
 
 
 def test_pool_is_not_compared_where_all_classes_are_one_task():

@@ -96,6 +96,13 @@ def test_parts_start_equal_whatever_else_a_run_has(learner_name):
     assert changed(small.learner(learner_name, "KD", seed=6).student, snapshot(built[0].student))
 
 
+def test_a_term_that_is_no_scalar_is_named():
+    learner = small.learner("L2P", "FitNets")
+    learner.distiller.feature = lambda student, teacher: student.features.mean(1)
+    with pytest.raises(ValueError, match="FitNets: the term 'feature' of the loss must be a scalar, .* shape \\(4,\\)"):
+        train(learner, 0, "student")
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_aux_loss_scale_counts_prompt_and_feature_losses_only(role):
     one, two = (

@@ -5,13 +5,12 @@ import itertools
 import pytest
 import torch
 
-from learners.distillers import DISTILLERS
 from models.prompts import PROMPTS
 from tests.learners import small
 from tests.learners.small import batch_of, classes_of
 
 
-@pytest.mark.parametrize(("learner_name", "kd_method"), list(itertools.product(PROMPTS, DISTILLERS)))
+@pytest.mark.parametrize(("learner_name", "kd_method"), list(itertools.product(PROMPTS, small.MEANS)))
 def test_accumulation(learner_name, kd_method):
     """In the second task, in which past components, heads and a trained teacher matter."""
     results = []

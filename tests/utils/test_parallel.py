@@ -13,9 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from learners.build import StepCompiler
-from learners.distillers import DISTILLERS
 from learners.learner import TrainResult
-from models.prompts import PROMPTS
 from tests.learners import small
 from tests.processes import Group
 from utils import parallel
@@ -26,7 +24,7 @@ CPU = Parallel(torch.device("cpu"))
 BATCH = 12  # divides by 2, 3 and 4
 # An orthogonality penalty and prompts on several blocks, which the tables' values do not switch on.
 VARIANTS = [("CODAPrompt", "KD_Token", (7, 4, 0.1)), ("L2P", "KD_Token", (30, 20, 1))]
-CASES = [(*names, None) for names in itertools.product(PROMPTS, DISTILLERS)] + VARIANTS
+CASES = [(*names, None) for names in small.EACH if names[1] in small.MEANS] + VARIANTS
 WEIGHTS = torch.linspace(0.5, 2, small.CLASSES, dtype=torch.float64)
 
 

@@ -23,7 +23,7 @@ def settings(alpha: float = 0.5, layers: int = 2, temperature: float = 2.0) -> D
 
 def output(dim: int = 4, depth: int = 2) -> ModelOutput:
     blocks = tuple(torch.randn(3, 5, dim) for _ in range(depth))
-    return ModelOutput(torch.randn(3, 5), torch.randn(3, 1, dim), blocks, torch.zeros(()))
+    return ModelOutput(torch.randn(3, 5), torch.randn(3, dim), torch.randn(3, 1, dim), blocks, torch.zeros(()))
 
 
 @pytest.fixture(autouse=True)
