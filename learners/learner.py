@@ -156,6 +156,7 @@ class TaskTraining:
         self.classes = classes
         self.config = config
         self.parallel = parallel
+        self.progress = 0.0  # share of the epochs that are done
         self.parameters = [p for p in step.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, config.optim)
         half = step.query_vit.autocast_dtype == torch.float16
@@ -171,6 +172,7 @@ class TaskTraining:
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the learning rate of ``epoch``, from 0."""
+        self.progress = epoch / self.config.optim.epochs
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, epoch)
 
@@ -186,7 +188,7 @@ class TaskTraining:
         results = []
         for part in zip(images.chunk(number), targets.chunk(number), strict=True):
             with self.parallel.synchronize(self.run, last=len(results) == number - 1):
-                result = self.run(*part, self.classes)
+                result = self.run(*part, self.classes, self.progress)
                 self.scaler.scale(result.loss.mean() / number).backward()
             results.append(result._replace(loss=result.loss.detach()))
         self.scaler.unscale_(self.optimizer)

@@ -36,7 +36,8 @@ class EvalResult(NamedTuple):
 class Step(nn.Module):
     """Base of the training steps.
 
-    ``forward(images, targets, classes)`` takes images [B, 3, H, W] in [0, 1], labels [B] and the columns that compete.
+    ``forward(images, targets, classes, progress)`` takes images [B, 3, H, W] in [0, 1], labels [B], the columns that
+    compete, and the share of the epochs on the task that are done.
 
     Args:
         query_vit: the frozen ViT that gives the query (the student's backbone, without prompts).
@@ -71,7 +72,7 @@ class TeacherStep(Step):
         super().__init__(query_vit, **options)
         self.teacher = teacher
 
-    def forward(self, images: Tensor, targets: Tensor, classes: ClassRange) -> StepResult:
+    def forward(self, images: Tensor, targets: Tensor, classes: ClassRange, progress: float = 0.0) -> StepResult:
         """Losses of a batch, with the terms ``ce`` and ``prompt``."""
         query = None
         if self.teacher.prompt.needs_query:
@@ -104,14 +105,14 @@ class StudentStep(Step):
             self.teacher.eval()
         return self
 
-    def forward(self, images: Tensor, targets: Tensor, classes: ClassRange) -> StepResult:
+    def forward(self, images: Tensor, targets: Tensor, classes: ClassRange, progress: float = 0.0) -> StepResult:
         """Losses of a batch: ``ce``, ``prompt``, and where the method has them ``distill`` and ``feature``."""
         query, tokens = make_query(self.query_vit, images, needed=self.student.prompt.needs_query)
         teacher = self._teach(images, query) if self.teacher is not None else None
         inputs = self.distiller.student_inputs()
         student = self.student(tokens, query, inputs, return_blocks=self.distiller.needs_blocks)
         predicted = self.distiller.predict(student)
-        terms = self.distiller(student, teacher, targets, classes, self.class_weights)
+        terms = self.distiller(student, teacher, targets, classes, self.class_weights, progress)
         for name, term in terms.items():
             if term.shape != ():
                 method, shape = type(self.distiller).__name__, tuple(term.shape)

@@ -67,6 +67,7 @@ class Distiller(nn.Module):
         targets: Tensor,
         classes: ClassRange,
         class_weights: Tensor | None = None,
+        progress: float = 0.0,
     ) -> dict[str, Tensor]:
         """All terms of the loss by name, each a scalar with its weight: ``ce``, ``distill``, ``feature``.
 
@@ -76,6 +77,7 @@ class Distiller(nn.Module):
             targets: labels [B].
             classes: columns that compete.
             class_weights: a weight for each class [C], or None.
+            progress: share of the student's epochs on the task that are done, for a method that warms up.
         """
         ce = task_cross_entropy(student.logits, targets, classes, class_weights)
         if teacher is None:

@@ -79,4 +79,5 @@ def test_paper_values_are_filled_in(tmp_path):
 
 def test_seeds_of_a_repeat_need_teachers_each(tmp_path):
     (tmp_path / "seed-1").mkdir()
-    assert f"--teacher_from: there is no folder {tmp_path}/seed-2" in problems_of(teacher_from=tmp_path, repeat=2)[0]
+    problem = f"--teacher_from: there is no folder {tmp_path}/seed-2"
+    assert problem in problems_of(teacher_from=tmp_path, repeat=2, random_s=1)[0]

@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from learners.build import StepCompiler
+from learners.distillers.kd import KD
 from learners.learner import TrainResult
 from tests.learners import small
 from tests.processes import Group
@@ -200,6 +201,16 @@ def test_replicas_compute_the_gradient_of_one_device(case, several_cpus):
     worst, volumes, _ = compare(case, places(2))
     assert worst < 1e-9
     assert {8 * elements for elements in sent if elements} == {trained for _, trained in volumes}
+
+
+def test_replicas_know_the_progress(several_cpus, monkeypatch):
+    """The second of two epochs begins when half of the phase is done."""
+    training = build(("L2P", "KD", None), several_cpus[0](2)).begin_training("student", small.classes_of(0))
+    seen, real = [], KD.forward
+    monkeypatch.setattr(KD, "forward", lambda self, *inputs: seen.append(inputs[-1]) or real(self, *inputs))
+    training.begin_epoch(1)
+    training.train_step(*small.batch_of(0, torch.float64))
+    assert seen == [0.5, 0.5]
 
 
 def test_replicas_count_the_same_answers(several_cpus):
