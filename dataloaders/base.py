@@ -5,6 +5,7 @@ Importing this module imports no torch, so that a configuration is checked quick
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -51,6 +52,10 @@ class ImageStore(ABC):
     def name(self, index: int) -> str:
         """Path of image ``index`` relative to ``dataroot``, or what messages call it."""
 
+    @abstractmethod
+    def digest(self) -> bytes:
+        """A hash that differs for other images under the same names."""
+
     def missing(self) -> list[str]:
         """Names of the images that do not exist."""
         return []
@@ -74,6 +79,11 @@ class FileStore(ImageStore):
 
     def name(self, index: int) -> str:
         return os.fsdecode(self._paths[index])
+
+    def digest(self) -> bytes:
+        """Hash names and sizes of the files, since reading them all would take too long."""
+        sizes = [_file_size(os.path.join(self._root, self.name(index))) for index in range(len(self))]
+        return hashlib.sha256(self._paths.tobytes() + np.array(sizes, dtype=np.int64).tobytes()).digest()
 
     def missing(self) -> list[str]:
         paths = [os.path.split(os.fsdecode(path)) for path in self._paths]
@@ -102,6 +112,9 @@ class ArrayStore(ImageStore):
 
     def name(self, index: int) -> str:
         return f"{self._name}[{index}]"
+
+    def digest(self) -> bytes:
+        return hashlib.sha256(self._images.numpy()).digest()
 
 
 @dataclass(frozen=True)
@@ -169,6 +182,13 @@ class DataSource(ABC):
     def count_classes(cls, dataroot: Path) -> int | None:
         """The number of classes where the files decide it; None if they are missing."""
         return None
+
+
+def _file_size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1  # a bad image, which is named when it is read
 
 
 def read_image(file: str | Path | Any, name: str | Path | None = None, *, upright: bool = True) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -142,8 +143,16 @@ class TaskStream:
 
     def missing(self) -> list[str]:
         """Names of the images that the split lists and that do not exist."""
-        stores = {id(part.store): part.store for part in (self.train_images, self.test_images)}
-        return [name for store in stores.values() for name in store.missing()]
+        return [name for part in self._parts() for name in part.store.missing()]
+
+    def digest(self) -> str:
+        """SHA-256 of all images (see :meth:`dataloaders.base.ImageStore.digest`) and their labels."""
+        content = [part.store.digest() + part.labels.tobytes() for part in self._parts()]
+        return hashlib.sha256(b"".join(content)).hexdigest()
+
+    def _parts(self) -> list[ImageSubset]:
+        """The training and the test images; only one of them where they share their store."""
+        return list({id(part.store): part for part in (self.train_images, self.test_images)}.values())
 
 
 def balanced_counts(available: np.ndarray, rank: np.ndarray, total: int) -> np.ndarray:

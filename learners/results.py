@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from utils.logging import environment, peak_memory_mb
 from utils.metrics import FORMAT, AccuracyMatrix, acc_csv, metrics_json, summary_lines, summary_table
 from utils.parallel import Parallel
 
+IMAGES = "images_sha256"  # in classes.json
 _CSV = {"teacher": "Results/acc.csv", "student": "Results/acc_s.csv"}
 
 _log = logging.getLogger(__name__)
@@ -174,6 +176,7 @@ def data_info(config: Config, run: Run) -> dict[str, Any]:
         "test_crop": stream.test_transform.crop,
         "train_images": [stream.train_size(task) for task in tasks],
         "test_images": [stream.test_size(task) for task in tasks],
+        IMAGES: stream.digest(),
         "backbone_sha256": {role: backbone.sha256 for role, backbone in run.backbones.items()},
     }
     if config.init_from is not None:
@@ -209,8 +212,19 @@ def write_start(folder: RunFolder, config: Config, run: Run, info: Mapping[str, 
     args = "\n".join(lines) + "\n" + yaml.safe_dump(config.to_yaml_dict(), sort_keys=False) + ARGS_END
     for name, data in run.stream.drawn_split.items():
         folder.write(name, data)
-    folder.write(CLASSES, (json.dumps(info, ensure_ascii=False, indent=1) + "\n").encode())
+    write_classes(folder, info)
     folder.write(ARGS, args.encode())  # last, as it makes the folder that of a run
+
+
+def write_classes(folder: RunFolder, info: Mapping[str, Any]) -> None:
+    """Write ``classes.json``."""
+    folder.write(CLASSES, (json.dumps(info, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def forget_images(folder: RunFolder) -> None:
+    """Let the next resume take other image files, because a damaged one is to be replaced."""
+    with contextlib.suppress(RunFolderError):  # it has no run yet
+        write_classes(folder, folder.read_json(CLASSES) | {IMAGES: ""})
 
 
 def check_same_data(info: Mapping[str, Any], folder: RunFolder) -> None:
@@ -221,7 +235,8 @@ def check_same_data(info: Mapping[str, Any], folder: RunFolder) -> None:
         RunFolderError: ``classes.json`` is damaged.
     """
     before = folder.read_json(CLASSES)
-    problems = [f"{key} differ" for key in info if key != "backbone_sha256" and before.get(key) != info[key]]
+    compared = [key for key in info if key != "backbone_sha256" and (key != IMAGES or before.get(key))]
+    problems = [f"{key} differ" for key in compared if before.get(key) != info[key]]
     for role, digest in info["backbone_sha256"].items():
         was = before["backbone_sha256"].get(role)
         if was != digest:

@@ -7,10 +7,20 @@ import json
 import logging
 import os
 
+from dataloaders.base import BadImageError
 from learners.build import Run, build_run
 from learners.meter import TrainingError
 from learners.repeat import run_repeats
-from learners.results import check_models, check_processes, check_same_data, data_info, log_summary, write_start
+from learners.results import (
+    check_models,
+    check_processes,
+    check_same_data,
+    data_info,
+    forget_images,
+    log_summary,
+    write_classes,
+    write_start,
+)
 from learners.signals import Signals, StoppedError
 from learners.teacher_cache import TeacherCache
 from learners.trainer import Trainer
@@ -68,7 +78,11 @@ def train(config: Config) -> int:
                 tensorboard = stack.enter_context(open_tensorboard(config.log_dir / "tensorboard"))
             trainer = Trainer(config, objects, folder, signals, progress, tensorboard, teachers)
             signals.finish_steps()
-            trainer.learn(parallel.broadcast(state))
+            try:
+                trainer.learn(parallel.broadcast(state))
+            except BadImageError:
+                forget_images(RunFolder(config.log_dir))  # from any process, as only one of them knows
+                raise
             if folder:
                 log_summary(folder)
             return 0
@@ -109,6 +123,7 @@ def _begin(config: Config, objects: Run, info: dict, folder: RunFolder, state: d
     if folder.has_run:
         check_same_data(info, folder)
         check_models(folder, state["position"][0] if state else 0)
+        write_classes(folder, info)  # with the digest of the images, if a damaged one was replaced
     teachers = TeacherCache(config, info) if config.teacher_from is not None else None
     if not folder.has_run or differing_settings(config):
         write_start(folder, config, objects, info)

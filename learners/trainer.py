@@ -108,6 +108,9 @@ class Trainer:
         self.learner.resume_task(position.task)
         for role, tensors in state["models"].items():
             self.learner.load_state(role, tensors)
+        threads, before = torch.get_num_threads(), state["threads"]
+        if threads != before and self.parallel.is_main:
+            _log.warning(f"{threads} threads instead of {before} (OMP_NUM_THREADS): on a CPU the last digits will differ")
         if position.task < self.run.num_tasks:
             place = f", epoch {position.epoch + 1}, step {position.step + 1}" if position.role != EVALUATION else ""
             _log.info("Resuming at task %d, %s%s", position.task + 1, position.role, place)
@@ -237,6 +240,7 @@ class Trainer:
             return
         state = {
             "position": list(position),
+            "threads": torch.get_num_threads(),
             "history": asdict(self.history),
             "models": models,
             "training": training and training.state(),

@@ -91,6 +91,7 @@ def environment() -> dict[str, Any]:
         "cpu": _proc_field("cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _VERSIONS}}

@@ -80,3 +80,5 @@ def test_stores_know_names_and_what_is_missing(tmp_path):
     assert str(BadImageError(paths[1], "gone")).encode()
     arrays = ArrayStore(np.stack([np.asarray(picture(i)) for i in range(3)]), "part")
     assert np.array_equal(arrays.open(2), picture(2)) and arrays.name(2) == "part[2]"
+    others = ArrayStore(np.stack([np.asarray(picture(i)) for i in (0, 2, 1)]), "part")
+    assert arrays.digest() != others.digest()

@@ -120,6 +120,14 @@ def test_no_epoch_is_lost(config, reference, tmp_path, monkeypatch, caplog):
     assert runs.results(moved) == reference
 
 
+def test_other_threads(died, config, reference, tmp_path, monkeypatch, caplog):
+    folder = shutil.copytree(died, tmp_path / "run")
+    monkeypatch.setattr(trainer.torch, "get_num_threads", lambda: 7)
+    assert run.main(runs.arguments(config, folder)) == 0
+    assert "7 threads instead of" in caplog.text
+    assert runs.results(folder) == reference
+
+
 def test_killed_at_any_moment_of_the_end_of_a_task(config, reference, tmp_path, monkeypatch):
     """In the evaluation, while models and results are written, and before the state that follows them."""
     interruption = Interruption(monkeypatch)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 import run
 from learners.trainer import Trainer
@@ -109,12 +110,16 @@ def test_other_teachers_are_refused(source, flags, words, start, folders, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_teachers_of_other_data_and_of_the_run_itself_are_refused(start, source, folders, tmp_path, capsys):
+def test_teachers_of_other_data_and_of_the_run_itself_are_refused(start, config, source, folders, tmp_path, capsys):
     info = json.loads((source / "classes.json").read_text())
     info["backbone_sha256"]["teacher"] = "0" * 64
     (source / "classes.json").write_text(json.dumps(info))
     assert start(source) == 2
     assert "trained on other data or backbones (backbone_sha256 differ)" in capsys.readouterr().err
+    images = shutil.copytree(config.parent / "images", tmp_path / "images")
+    Image.new("RGB", (16, 16)).save(images / "val/class 0/1.png")
+    assert start(folders / "KD", "--dataroot", images) == 2
+    assert "(images_sha256 differ)" in capsys.readouterr().err
     own = shutil.copytree(folders / "KD_Token", tmp_path / "run")
     (own / METRICS).unlink()
     assert start(own) == 2
