@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for problem in error.problems:
                 print(f"run.py: error: {problem}", file=sys.stderr)
         return 2
+    except PermissionError as error:  # folders of other people
+        print(f"run.py: error: {error.filename}: {error.strerror}; check the path, or ask its owner", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

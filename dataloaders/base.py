@@ -18,6 +18,9 @@ from PIL import Image, ImageOps
 
 from utils.config import ConfigError, DataConfig
 
+# Pillow knows more, but hands some of them to other programs: EPS to Ghostscript.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
 TestCrop = Literal["stretch", "center_crop"]
 SplitKind = Literal["authors", "official", "seeded", "folder"]
 
@@ -197,7 +200,7 @@ def read_image(file: str | Path | Any, name: str | Path | None = None, *, uprigh
     With ``upright`` it is turned as its EXIF orientation tells.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             image.load()
             image = as_rgb(image)
             if upright:
@@ -206,7 +209,7 @@ def read_image(file: str | Path | Any, name: str | Path | None = None, *, uprigh
     except Exception as error:  # on damaged files Pillow's readers raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "it is empty or not an image that Pillow knows"
+            reason = f"it is empty or not an image in one of {', '.join(IMAGE_FORMATS)}"
         raise BadImageError(file if name is None else name, reason) from error
 
 

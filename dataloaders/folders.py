@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,14 +23,14 @@ def subfolders(folder: Path) -> list[str]:
     try:
         return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
-        raise DataError(f"cannot read the folder {folder}: {error.strerror}") from error
+        raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
 def find_images(root: Path, folder: str, within: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
     """Images in ``root/folder`` and the folders in it, in order, relative to ``root``.
 
     Links are followed, but no folder is entered from within itself: ``within`` identifies the folders above it.
-    Hidden files and other endings are left out; a link that leads nowhere is kept, to be reported as a bad image.
+    Hidden files and other endings are left out; a link to nowhere or itself is kept, to be reported as a bad image.
     Raises DataError for a folder that cannot be read.
     """
     try:
@@ -44,10 +45,19 @@ def find_images(root: Path, folder: str, within: frozenset[tuple[int, int]] = fr
     for entry in listing:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from find_images(root, f"{folder}/{entry.name}", within | {own})
-        elif entry.name.lower().endswith(IMAGE_SUFFIXES) and (entry.is_file() or entry.is_symlink()):
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES) and (entry.is_symlink() or entry.is_file()):
             yield f"{folder}/{entry.name}"
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise DataError(f"cannot read {entry.path}: {error.strerror}") from error
 
 
 def list_classes(root: Path, parent: str, class_names: Sequence[str]) -> FileList:

@@ -90,7 +90,9 @@ def _read_split(file: Path) -> FileList:
     try:
         content = yaml.load(file.read_bytes(), Loader=_Loader)
         paths = [checked_path(path.removeprefix("data/")) for path in content["data"]]  # "data" is dataroot
-        return list(zip(paths, map(int, content["targets"]), strict=True))
+        if strange := [label for label in content["targets"] if type(label) is not int]:
+            raise ValueError(f"the label {strange[0]} is no whole number")
+        return list(zip(paths, content["targets"], strict=True))
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"cannot use the split file {file}: {reason}; get it from {SPLITS_URL}") from error

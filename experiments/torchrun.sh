@@ -20,4 +20,4 @@ cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 # Time to finish a step and to save after Ctrl-C or SIGTERM.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$processes" "$root/run.py" "$@"
+exec "$PYTHON" "$root/experiments/torchrun.py" --standalone --nproc-per-node "$processes" "$root/run.py" "$@"

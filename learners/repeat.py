@@ -11,6 +11,8 @@ from utils.config import Config
 from utils.metrics import MEASURES, aggregate
 from utils.parallel import is_main_process
 
+SUMMARY = "repeat.json"
+
 _log = logging.getLogger(__name__)
 
 
@@ -32,11 +34,17 @@ def run_repeats(config: Config, train: Callable[[Config], int]) -> int:
     return 0
 
 
+def discard_summary(config: Config) -> None:
+    """Remove the measures over seeds that a new run of one of them, ``config``, makes outdated."""
+    if config.log_dir.name == f"seed-{config.seed}":
+        (config.log_dir.parent / SUMMARY).unlink(missing_ok=True)
+
+
 def _summarize(folder: RunFolder, seeds: range) -> None:
     runs = [folder.read_json(f"seed-{seed}/{METRICS}") for seed in seeds]
     summary = {role: aggregate([run[role] for run in runs]) for role in ("teacher", "student") if runs[0][role]}
     text = json.dumps({"seeds": list(seeds), **summary}, indent=1, sort_keys=True) + "\n"
-    folder.write("repeat.json", text.encode())
+    folder.write(SUMMARY, text.encode())
     _log.info("\n%d seeds (%d to %d), mean ± standard deviation:", len(runs), seeds[0], seeds[-1])
     for role, measures in summary.items():
         for name, words in MEASURES.items():

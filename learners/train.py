@@ -10,7 +10,7 @@ import os
 from dataloaders.base import BadImageError
 from learners.build import Run, build_run
 from learners.meter import TrainingError
-from learners.repeat import run_repeats
+from learners.repeat import discard_summary, run_repeats
 from learners.results import (
     check_models,
     check_processes,
@@ -78,17 +78,18 @@ def train(config: Config) -> int:
                 tensorboard = stack.enter_context(open_tensorboard(config.log_dir / "tensorboard"))
             trainer = Trainer(config, objects, folder, signals, progress, tensorboard, teachers)
             signals.finish_steps()
-            try:
-                trainer.learn(parallel.broadcast(state))
-            except BadImageError:
-                forget_images(RunFolder(config.log_dir))  # from any process, as only one of them knows
-                raise
+            trainer.learn(parallel.broadcast(state))
             if folder:
                 log_summary(folder)
+            if signals.stop:
+                raise StoppedError(signals.stop)
             return 0
     except StoppedError as stopped:
         _log.warning("%s", stopped)
         return stopped.exit_code
+    except BadImageError:
+        forget_images(RunFolder(config.log_dir))  # from any process, as only one of them knows
+        raise
     except (TrainingError, RunFolderError) as error:
         _log.error("%s", error)
     except (MemoryError, RuntimeError, OSError) as error:
@@ -127,6 +128,7 @@ def _begin(config: Config, objects: Run, info: dict, folder: RunFolder, state: d
     teachers = TeacherCache(config, info) if config.teacher_from is not None else None
     if not folder.has_run or differing_settings(config):
         write_start(folder, config, objects, info)
+        discard_summary(config)
     return teachers
 
 

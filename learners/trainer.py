@@ -110,7 +110,7 @@ class Trainer:
             self.learner.load_state(role, tensors)
         threads, before = torch.get_num_threads(), state["threads"]
         if threads != before and self.parallel.is_main:
-            _log.warning(f"{threads} threads instead of {before} (OMP_NUM_THREADS): on a CPU the last digits will differ")
+            _log.warning(f"{threads} threads instead of {before}: on a CPU this changes the last digits of the results")
         if position.task < self.run.num_tasks:
             place = f", epoch {position.epoch + 1}, step {position.step + 1}" if position.role != EVALUATION else ""
             _log.info("Resuming at task %d, %s%s", position.task + 1, position.role, place)

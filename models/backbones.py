@@ -125,12 +125,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def misfit(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> str | None:
-    """Say how a state dict differs from that of a model in a name or shape, or return None."""
+    """Say how a state dict differs from that of a model in a name, shape or kind of number, or return None."""
     for key, value in model.items():
         if key not in state:
             return f"it lacks {key}"
         if state[key].shape != value.shape:
             return f"{key} has shape {tuple(state[key].shape)}, not {tuple(value.shape)}"
+        if value.is_floating_point() and not state[key].is_floating_point():
+            return f"{key} holds {state[key].dtype}, not real numbers"
     unknown = [key for key in state if key not in model]
     return f"the model has no {unknown[0]}" if unknown else None
 

@@ -44,7 +44,7 @@ def find_checkpoint(path: Path, role: str) -> Path:
 
 
 def load_checkpoint(path: Path, role: str) -> dict[str, Tensor]:
-    """Load the trained parts of one model, in float32; see :func:`find_checkpoint` for the arguments.
+    """Load the trained parts of one model; see :func:`find_checkpoint` for the arguments.
 
     Raises:
         CheckpointError: the file is missing or damaged, holds Python objects, or no trained parts.
@@ -57,11 +57,11 @@ def load_checkpoint(path: Path, role: str) -> dict[str, Tensor]:
     if not any(_MODEL.match(key) for key in state):
         raise CheckpointError(f"{file} holds no prompts and no head; it is no checkpoint of a prompted model")
     wanted = [key for key in state if _MODEL.match(key) or (role == "student" and _KD.match(key))]
-    return {key: state[key].float() for key in wanted}
+    return {key: state[key] for key in wanted}
 
 
 def fit_checkpoint(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Leave out of ``state`` the parts of a KD method that the model does not have; the log names them.
+    """Leave out of ``state``, in float32, the parts of a KD method that the model does not have; the log names them.
 
     Raises:
         CheckpointError: names or shapes differ in another way; the message names ``path``.
@@ -73,4 +73,4 @@ def fit_checkpoint(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor
     if problem := misfit(state, model_state):
         advice = "learner, KD method, their parameters, backbones and classes must be those of the checkpoint"
         raise CheckpointError(f"{path} does not fit the model: {problem}; {advice}")
-    return state
+    return {key: value.float() for key, value in state.items()}

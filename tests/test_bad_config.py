@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 import run
+from dataloaders import DataEntry
 from learners import check
 from tests.processes import ROOT
 
@@ -55,6 +57,7 @@ BAD = [
     ("--kd_alpha 1.5", "--kd_alpha", "from 0 to 1"),
     ("--kd_alpha nan", "--kd_alpha", "from 0 to 1"),
     ("--Soft_T 0", "--Soft_T", "above 0"),
+    ("--Soft_T 1e200", "--Soft_T", "1e6"),
     ("--aux_loss_scale -1", "--aux_loss_scale", "at least 0"),
     ("--lr 0", "--lr", "above 0"),
     ("--momentum 1", "--momentum", "below 1"),
@@ -108,7 +111,7 @@ BAD = [
     # files
     ("--config {tmp}/none.yaml", "none.yaml does not exist"),
     ("--config {root}/configs/emoji_r_prompt.yaml", f"did you mean --config {EMOJI_R}?"),
-    ("--config /dev/zero", "/dev/zero", "YAML file"),
+    ("--config /dev/zero", "/dev/zero is no regular file", "YAML file"),
     (b"", "is empty", "configs/*.yaml"),
     (b"\x89PNG\r\n\x1a\n\0\0", "config.yaml", "YAML file"),
     (b"- lr\n- 1\n", "key: value"),
@@ -170,6 +173,13 @@ def test_gpus_that_torch_cannot_use(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     code = run.main(command("--gpuid 98 99 --log_dir {tmp}/new", tmp_path))
     assert_refused(["--gpuid 98 99", "cannot use GPU 98 99", "--gpuid -1"], code, capsys.readouterr().err, tmp_path)
+
+
+def test_a_folder_of_other_people(tmp_path, capsys, no_gpu, monkeypatch):
+    error = PermissionError(13, "Permission denied", "/closed/data")
+    monkeypatch.setattr(DataEntry, "missing", Mock(side_effect=error))
+    code = run.main(command({}, tmp_path))
+    assert_refused(["/closed/data: Permission denied"], code, capsys.readouterr().err, tmp_path)
 
 
 def test_a_mistake_of_every_kind_is_reported_in_one_go(tmp_path, capsys, no_gpu):

@@ -106,10 +106,24 @@ def test_runs_of_the_paper(clone):
 
 
 def test_refused_arguments():
-    for command, says in {"torchrun.sh 0": "number of processes", "cifar-100.sh L2P -- --x": "flag --x"}.items():
+    for command, says in {
+        "torchrun.sh 0": "number of processes",
+        "torchrun.sh 1 --x": "flag --x",
+        "cifar-100.sh L2P -- --x": "flag --x",
+    }.items():
         script, *words = command.split()
         done = call(ROOT / "experiments" / script, *words, VIRTUAL_ENV=sys.prefix)
-        assert done.returncode == 2 and says in done.stderr, done
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done
+
+
+def test_a_slurm_job_that_queues_again_resumes(clone, tmp_path):
+    for name, content in {"scontrol": "echo node", "srun": 'shift 3; exec "$@"'}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{content}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": "my project", "SLURM_JOB_NODELIST": "node", "SLURM_JOB_ID": "1", "PYTHON": "python"}
+    for count, end in (("0", "[--overwrite][1]\n"), ("1", "[--overwrite][1][--overwrite][0]\n")):
+        done = clone("experiments/slurm.sbatch", "--overwrite", "1", SLURM_RESTART_COUNT=count, **job)
+        assert done.stdout.endswith(end), done
 
 
 REFUSED = {

@@ -28,6 +28,7 @@ STATE, PREVIOUS_STATE = "state/newest.pth", "state/previous.pth"
 METRICS = "Results/metrics.json"
 ARGS_END = "# end of the settings\n"  # the last line, without which the file has been cut
 _UNFINISHED = ".unfinished"
+_OWN_FILE = os.O_CREAT | os.O_NOFOLLOW  # a link could lead to any file, which would be written to
 
 _log = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ def open_run(config: Config) -> Iterator[RunFolder]:
                         _move_aside(root.resolve())
                 root.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_locked(root))
+                os.close(os.open(root / LOG, os.O_WRONLY | _OWN_FILE, 0o666))
                 check_settings(config)
                 for path in root.rglob(f".*{_UNFINISHED}"):  # of a process that was killed
                     path.unlink()
@@ -154,7 +156,7 @@ def _locked(root: Path) -> Iterator[None]:
     names process and host for the message that others get.
     """
     path = root.resolve() / LOCK
-    with open(path, "r+", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT, 0o666)) as file:
+    with open(path, "r+", opener=lambda name, _: os.open(name, os.O_RDWR | _OWN_FILE, 0o666)) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(path.stat(), os.fstat(file.fileno())):

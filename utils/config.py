@@ -123,6 +123,8 @@ _WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no"
 SWITCH = Type("0 or 1", "0|1", lambda item: _WORDS.get(str(item).lower()), alone=True)
 FRACTION = real("a number from 0 to 1", lambda number: 0 <= number <= 1)
 POSITIVE = real("a number above 0", lambda number: number > 0)
+# Its square and its reciprocal must not overflow float32.
+TEMPERATURE = real("a number above 0, from 1e-6 to 1e6", lambda number: 1e-6 <= number <= 1e6)
 NOT_NEGATIVE = real("a number of at least 0", lambda number: number >= 0)
 BELOW_ONE = real("a number of at least 0 and below 1", lambda number: 0 <= number < 1)
 SHARE = real("a number above 0 and of at most 1", lambda number: 0 < number <= 1)
@@ -190,7 +192,7 @@ class DistillConfig:
     alpha: float = option(
         0.5, FRACTION, METHOD, "weight of distillation; cross-entropy gets the rest", key="kd_alpha", paper="0.5"
     )
-    temperature: float = option(2.0, POSITIVE, METHOD, "temperature of the softened logits", key="Soft_T", paper="2")
+    temperature: float = option(2.0, TEMPERATURE, METHOD, "temperature of the softened logits", key="Soft_T", paper="2")
 
 
 @dataclass(frozen=True)
@@ -487,6 +489,8 @@ def load_yaml(file: Path) -> dict[Any, Any]:
     import yaml  # here, so that --help works before the packages are installed
 
     try:
+        if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe could be waited for without end
+            raise ValueError(f"{file} is no regular file; --config needs a YAML file")
         with open(file, "rb") as opened:
             data = opened.read(_LARGEST_FILE + 1)
     except FileNotFoundError as error:

@@ -23,11 +23,12 @@ def test_what_counts_as_an_image(tmp_path):
         (folder / name).touch()
     (folder / "link.jpg").symlink_to("c.WebP")
     (folder / "gone.jpg").symlink_to("nowhere")
+    (folder / "self.jpg").symlink_to("self.jpg")
     class_folders(tmp_path, ["elsewhere"], 1)
     (folder / "more").symlink_to(tmp_path / "elsewhere")
     (folder / "deep" / "loop").symlink_to(folder)
     found = list(find_images(tmp_path, "c"))
-    assert found == sorted(f"c/{name}" for name in [*kept, "link.jpg", "gone.jpg", "more/0.jpg"])
+    assert found == sorted(f"c/{name}" for name in [*kept, "link.jpg", "gone.jpg", "more/0.jpg", "self.jpg"])
 
 
 @pytest.mark.parametrize("prefix", ["", "train"])

@@ -96,7 +96,7 @@ def test_without_the_files_a_split_is_drawn_which_a_resume_keeps(root, tmp_path,
 
 
 DAMAGED = ["", "- 1", "data: [a", "data: [[1, 2]]\ntargets: [0]", "data: [data/../../etc/passwd]\ntargets: [0]"]
-DAMAGED += [f"data: [data/imagenet-r/n1/1.jpg]\ntargets: [{targets}]" for targets in ("0, 1", "x", "4")]
+DAMAGED += [f"data: [data/imagenet-r/n1/1.jpg]\ntargets: [{targets}]" for targets in ("0, 1", "x", "4", ".inf", "yes")]
 
 
 @pytest.mark.parametrize("text", DAMAGED)

@@ -71,6 +71,12 @@ def test_images_that_cannot_be_read_are_named(tmp_path, name):
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it comes from a worker
 
 
+def test_no_file_is_handed_to_another_program():
+    """Pillow reads EPS by Ghostscript."""
+    with pytest.raises(BadImageError, match="one of JPEG"):
+        read_image(saved(picture(0), "eps"), "picture.jpg")
+
+
 def test_stores_know_names_and_what_is_missing(tmp_path):
     (tmp_path / "a").mkdir()
     picture(0).save(tmp_path / "a" / "1.png")

@@ -13,7 +13,7 @@ from PIL import Image
 
 import run
 from dataloaders.tasks import TaskStream
-from learners import build
+from learners import build, train
 from learners.learner import TaskTraining
 from learners.steps import EvalStep
 from tests import runs
@@ -114,6 +114,7 @@ class TestSignals:
             (signal.SIGINT, 130, TaskTraining, "train_step", 8, 16),
             (signal.SIGTERM, 143, TaskTraining, "train_step", 6, 18),  # the teacher's last
             (signal.SIGTERM, 143, EvalStep, "forward", 2, 0),  # the second task's first batch
+            (signal.SIGTERM, 143, train, "log_summary", 1, 0),  # when everything is done
         ],
     )
     def test_once_finishes_the_step_and_saves(
@@ -384,3 +385,6 @@ class TestFolder:
         assert "mean ± standard deviation" in capsys.readouterr().out
         alone = runs.finish(config, tmp_path / "alone", *SHORT, "--random_s", 4)
         assert runs.results(alone) == runs.results(folder / "seed-4")
+        at(TaskTraining, "train_step", 5, send(signal.SIGTERM))
+        assert start(*flags, "--overwrite", 1) == 143
+        assert not (folder / "repeat.json").exists()

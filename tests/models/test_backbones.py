@@ -148,6 +148,7 @@ def test_damaged_files(tmp_path, file, save):
     [
         ({"norm.bias": None}, "it lacks norm.bias;"),
         ({"blocks.1.attn.qkv.weight": torch.zeros(3, 3)}, "blocks.1.attn.qkv.weight has shape (3, 3), not (48, 16)"),
+        ({"norm.bias": torch.zeros(16, dtype=torch.bool)}, "norm.bias holds torch.bool, not real numbers"),
         ({"blocks.2.norm1.weight": torch.zeros(16)}, "the model has no blocks.2.norm1.weight"),
         ({"pos_embed": torch.zeros(1, 26, 16)}, "(1, 26, 16), not (1, 10, 16)"),
     ],

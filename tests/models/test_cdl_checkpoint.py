@@ -65,6 +65,7 @@ def test_parts_that_the_model_has(tmp_path, caplog):
     for state, words in (
         (TRAINED, "it lacks kd_last.weight"),
         (TRAINED | KD | {"last.bias": torch.rand(6)}, r"last.bias has shape \(6,\), not \(5,\)"),
+        (TRAINED | KD | {"last.bias": torch.rand(5) + 1j}, "last.bias holds torch.complex64"),
         (TRAINED | KD | {"prompt.g_p_0": torch.rand(2, 8)}, "the model has no prompt.g_p_0"),
     ):
         with pytest.raises(CheckpointError, match=words):

@@ -11,6 +11,7 @@ import torch
 from tests import runs
 from utils.checkpoint import (
     LOCK,
+    LOG,
     PREVIOUS_STATE,
     STATE,
     RunFolder,
@@ -70,6 +71,16 @@ def test_one_process_at_a_time(tmp_path):
     assert runs.python(script).returncode == 0
 
 
+@pytest.mark.parametrize("name", [LOCK, LOG])
+def test_links_are_not_followed(name, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigError, match=f"symbolic links: .*{name}.*choose another folder"):
+        open_run(Config(log_dir=tmp_path / "run")).__enter__()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
     with open_run(Config(log_dir=tmp_path)):
         worker = os.fork()
@@ -96,4 +107,4 @@ def test_the_current_folder_is_not_moved(tmp_path, monkeypatch):
 def test_unfinished_files_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / ".classes.json.unfinished").touch()
     with open_run(Config(log_dir=tmp_path)):
-        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+        assert {path.name for path in tmp_path.iterdir()} == {LOCK, LOG}

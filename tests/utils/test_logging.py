@@ -1,4 +1,5 @@
 import logging
+import os
 import subprocess
 import sys
 
@@ -44,6 +45,16 @@ def test_a_closed_pipe_and_a_full_disk_end_no_run():
     command = f'{sys.executable} -c "$0" | head -c 10; exit ${{PIPESTATUS[0]}}'
     result = subprocess.run(["bash", "-c", command, script], capture_output=True, text=True, cwd=ROOT)
     assert (result.returncode, result.stdout, result.stderr) == (0, "x" * 10, "")
+
+
+@pytest.mark.parametrize(("redirection", "shown"), [("", "\\u2192 emoji \n"), (">&-", ""), (">&- 2>&-", "")])
+def test_a_console_that_cannot_show_everything(redirection, shown):
+    script = "import logging; from utils.logging import setup_logging; setup_logging(None)\n"
+    script += "logging.getLogger('run').info('\u2192 emoji ')"
+    command = ["bash", "-c", f'{sys.executable} -c "$0" {redirection}', script]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (0, shown, "")
 
 
 def test_git_commit(tmp_path):

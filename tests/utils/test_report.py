@@ -146,6 +146,7 @@ def test_damaged_and_foreign_folders_are_listed(tmp_path):
         (runs / name).mkdir(parents=True)
     (runs / "started/args.yaml").touch()
     (runs / "args.yaml").touch()  # a folder of --repeat is no run
+    os.mkfifo(runs / "good/Results/timing.json")  # not waited for
     files = report(runs, out=runs / "report")
     assert files == report(runs, out=runs / "report")  # the same bytes, since a report does not list itself
     listed = re.findall(r"^\| \S*/(\w+) \| (\S+)", files["md"].partition("## Folders not used")[2], re.MULTILINE)
@@ -164,10 +165,12 @@ def test_a_run_counts_once_and_its_measures_are_computed_again(tmp_path):
 
 
 def test_text_from_folders_is_escaped(tmp_path):
+    put(tmp_path / "runs/formula", learner_name="=1+1")
     evil = "<script>alert('x')</script>|$\\frac{&%_#~^`*\udce9"
     for number, lr in enumerate((1, 2, evil)):
         put(tmp_path / f"runs/a<b>|$x{number}", learner_name=evil, method=evil + "2", dataset=evil, lr=lr)
     files = report(tmp_path / "runs", out=tmp_path / "out")
+    assert ",'=1+1," in files["csv"]  # no formula of a spreadsheet
     assert "<script" not in files["html"] and "<b>|" not in files["html"]
     assert not re.search(r"(?<!\\)<script", files["md"])
     table = [line for line in files["md"].splitlines() if line.startswith("| ") and "script" in line]

@@ -189,6 +189,11 @@ def _tex(text: str) -> str:
     return re.sub(r" \$\\pm\$ ([0-9.]+)", r"$_{\\pm \1}$", text.translate(_TEX))
 
 
+def _csv(text: str) -> str:
+    """Keep a spreadsheet from reading text as a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
+
+
 def csv_text(tables: Mapping[str, Sequence[Line]]) -> str:
     """The text of report.csv: one line per cell, empty where there is no number."""
     out = io.StringIO()
@@ -202,7 +207,8 @@ def csv_text(tables: Mapping[str, Sequence[Line]]) -> str:
                 continue
             method, _, param = column.partition(" ")
             seeds = " ".join(str(run.seed) for run in cell.complete)
-            texts = [*line.row, method, param, line.label, seeds, len(cell.complete), len(cell.unfinished)]
+            texts = [_csv(text) for text in (*line.row, method, param, line.label, seeds)]
+            texts += [len(cell.complete), len(cell.unfinished)]
             pairs = [*(cell.measure(*of) for of in _CSV_MEASURES), cell.paper, cell.difference()]
             numbers = [number for values in pairs for number in values or (None, None)]
             numbers += gains.get(column, (None, None, None))
