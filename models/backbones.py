@@ -156,6 +156,9 @@ def _reading(path: Path) -> Iterator[None]:
 def _load_file(vit: VisionTransformer, path: Path, name: str) -> None:
     """Fill a model that was built without values (raises BackboneError if the file is not of that model)."""
     vit.to_empty(device="cpu")
+    for module in vit.modules():  # computed and not loaded, such as rotations by position
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
     with _reading(path):
         if path.suffix == ".npz":
             problem = _load_npz(vit, path)

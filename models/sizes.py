@@ -26,7 +26,7 @@ PAPER_MODELS = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "ba
 PAPER_TAG = "augreg_in21k_ft_in1k"
 
 _SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
-_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit")  # of timm, with VisionTransformers
+_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva")  # of timm
 
 
 def known_size(name: str) -> ViTSize | None:

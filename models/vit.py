@@ -7,12 +7,15 @@ L blocks, P prompt length per key or value.
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, apply_rot_embed_cat
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -60,7 +63,7 @@ def split_prompt(prompt: Tensor) -> KV:
 
 
 class PromptedViT(nn.Module):
-    """Wrap a timm ``VisionTransformer`` so that prompts and extra tokens can be injected.
+    """Wrap a timm ``VisionTransformer`` or ``Eva`` so that prompts and extra tokens can be injected.
 
     The weights are frozen and the model always runs in evaluation mode. Gradients pass through it to the
     prompts but never reach its weights, so no linear layer keeps its input for the backward pass.
@@ -69,7 +72,7 @@ class PromptedViT(nn.Module):
         UnsupportedBackboneError: ``vit`` is none that :func:`check_supported` accepts.
     """
 
-    def __init__(self, vit: VisionTransformer) -> None:
+    def __init__(self, vit: VisionTransformer | Eva) -> None:
         super().__init__()
         check_supported(vit)
         self.vit = vit.eval().requires_grad_(False)
@@ -126,7 +129,8 @@ class PromptedViT(nn.Module):
             images = (images - self.mean_std[0]) / self.mean_std[1]
         with self._arithmetic(images.device):
             # timm has no public function for the tokens before block 0.
-            return self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(images)))
+            tokens = self.vit._pos_embed(self.vit.patch_embed(images))
+            return self.vit.norm_pre(tokens[0] if isinstance(tokens, tuple) else tokens)  # Eva adds the rotations
 
     def forward(
         self,
@@ -146,6 +150,7 @@ class PromptedViT(nn.Module):
                 projection and MLP for the class and extra tokens only, since nothing else is read.
         """
         batch, num_tokens, _ = tokens.shape
+        rope = self.vit.rope.get_embed(self.vit.patch_embed.grid_size) if getattr(self.vit, "rope", None) else None
         blocks: list[Tensor] = []
         with self._arithmetic(tokens.device):
             if extra_tokens is not None:
@@ -153,7 +158,7 @@ class PromptedViT(nn.Module):
             for index, block in enumerate(self.vit.blocks):
                 prompt = prompts[index] if prompts is not None else LayerPrompt()
                 trimmed = index == self.depth - 1 and not return_blocks
-                tokens = _run_block(block, tokens, prompt, num_tokens=num_tokens if trimmed else None)
+                tokens = _run_block(block, tokens, prompt, num_tokens if trimmed else None, rope)
                 if return_blocks:
                     blocks.append(tokens)
             if return_blocks:
@@ -172,14 +177,14 @@ class PromptedViT(nn.Module):
 
 def check_supported(vit: nn.Module) -> None:
     """Raise UnsupportedBackboneError unless ``vit`` is timm's, with a class token, plain blocks and square images."""
-    if not isinstance(vit, VisionTransformer):
+    if not isinstance(vit, VisionTransformer | Eva):
         kind = type(vit).__name__
-        raise UnsupportedBackboneError(f"{kind} is not a timm VisionTransformer; choose a vit_* or deit* model")
+        raise UnsupportedBackboneError(f"{kind} is not a timm VisionTransformer or Eva; choose a vit_* or deit* model")
     if vit.cls_token is None:
         raise UnsupportedBackboneError("it has no class token, which is what the head reads; choose another ViT")
     for block in vit.blocks:
         attn = getattr(block, "attn", None)
-        if type(block) is not Block or type(attn) is not Attention or attn.gate is not None:
+        if (type(block), type(attn)) not in ((Block, Attention), (EvaBlock, EvaAttention)) or attn.gate is not None:
             raise UnsupportedBackboneError(
                 f"it is built of {type(block).__name__} with {type(attn).__name__}, but only plain pre-norm blocks"
                 " with standard attention can read prompts; choose another ViT"
@@ -196,24 +201,39 @@ def _cls_and_extra(tokens: Tensor, num_tokens: int) -> Tensor:
     return torch.cat([tokens[:, :1], tokens[:, num_tokens:]], dim=1)
 
 
-def _run_block(block: Block, tokens: Tensor, prompt: LayerPrompt, num_tokens: int | None) -> Tensor:
+def _run_block(
+    block: nn.Module, tokens: Tensor, prompt: LayerPrompt, num_tokens: int | None, rope: Tensor | None
+) -> Tensor:
     """Run one pre-norm block; given ``num_tokens`` = N, for the class and extra tokens only, [B, 1 + T, D]."""
     normed = block.norm1(tokens)
     query_tokens = None
     if num_tokens is not None:
         query_tokens, tokens = _cls_and_extra(normed, num_tokens), _cls_and_extra(tokens, num_tokens)
-    tokens = tokens + block.ls1(_attend(block.attn, normed, prompt, query_tokens))
-    return tokens + block.ls2(block.mlp(block.norm2(tokens)))
+    if isinstance(block, Block):
+        scale_attention, scale_mlp = block.ls1, block.ls2
+    else:
+        factors = [1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2)]
+        scale_attention, scale_mlp = (functools.partial(operator.mul, factor) for factor in factors)
+    tokens = tokens + scale_attention(_attend(block.attn, normed, prompt, query_tokens, rope))
+    return tokens + scale_mlp(block.mlp(block.norm2(tokens)))
 
 
-def _attend(attn: Attention, tokens: Tensor, prompt: LayerPrompt, query_tokens: Tensor | None) -> Tensor:
-    """Attention of ``query_tokens`` [B, Q, D] (default: all tokens) over prompts and tokens [B, N, D]."""
+def _attend(
+    attn: nn.Module, tokens: Tensor, prompt: LayerPrompt, query_tokens: Tensor | None, rope: Tensor | None
+) -> Tensor:
+    """Attention of ``query_tokens`` [B, Q, D] (default: all tokens) over prompts and tokens [B, N, D].
+
+    ``rope`` [patches, 2 head_dim], if any, turns queries and keys of patches, not those of other tokens and prompts.
+    """
     prompted = any(part is not None for part in prompt)
     if prompted and query_tokens is None:
         # Projected separately, so that keys and values can be freed once they are joined with the prompts.
         query_tokens = tokens
     query, key, value = _project(attn, tokens, query_tokens)  # [B, *, heads, head_dim]
     query, key = attn.q_norm(query), attn.k_norm(key)
+    if rope is not None:
+        query = _turn(attn, query, rope) if query.shape == key.shape else query  # else it has no patches
+        key = _turn(attn, key, rope)
     if prompted:
         key = _join(key, *(part and part.key for part in prompt))
         value = _join(value, *(part and part.value for part in prompt))
@@ -221,13 +241,31 @@ def _attend(attn: Attention, tokens: Tensor, prompt: LayerPrompt, query_tokens: 
     return attn.proj(attn.norm(mixed.transpose(1, 2).flatten(2)))
 
 
-def _project(attn: Attention, tokens: Tensor, query_tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _turn(attn: EvaAttention, rows: Tensor, rope: Tensor) -> Tensor:
+    """Turn the patches' rows of queries or keys [B, N + T, heads, head_dim] by their positions."""
+    first, last = attn.num_prefix_tokens, attn.num_prefix_tokens + len(rope)
+    patches = apply_rot_embed_cat(rows[:, first:last].transpose(1, 2), rope, half=attn.rotate_half).transpose(1, 2)
+    return torch.cat([rows[:, :first], patches.to(rows.dtype), rows[:, last:]], dim=1)
+
+
+def _weights(attn: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weights [3 D, D] and biases [3 D] of queries, keys and values; EVA's keys have no bias."""
+    if isinstance(attn, Attention):
+        return attn.qkv.weight, attn.qkv.bias
+    if attn.qkv is not None:
+        weight, bias_q, bias_v = attn.qkv.weight, attn.q_bias, attn.v_bias
+    else:
+        weight = torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight])
+        bias_q, bias_v = attn.q_proj.bias, attn.v_proj.bias
+    return weight, None if bias_q is None else torch.cat([bias_q, torch.zeros_like(bias_q), bias_v])
+
+
+def _project(attn: nn.Module, tokens: Tensor, query_tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, [B, *, heads, head_dim] each."""
-    heads = (attn.num_heads, attn.head_dim)
+    heads, width = (attn.num_heads, attn.head_dim), attn.num_heads * attn.head_dim
+    weight, bias = _weights(attn)
     if query_tokens is None:
-        return attn.qkv(tokens).unflatten(-1, (3, *heads)).unbind(2)
-    width = attn.attn_dim
-    weight, bias = attn.qkv.weight, attn.qkv.bias
+        return F.linear(tokens, weight, bias).unflatten(-1, (3, *heads)).unbind(2)
     bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
     query = F.linear(query_tokens, weight[:width], bias_q).unflatten(-1, heads)
     key, value = F.linear(tokens, weight[width:], bias_kv).unflatten(-1, (2, *heads)).unbind(2)

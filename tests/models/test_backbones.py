@@ -90,6 +90,16 @@ def test_weights_from_a_file(tmp_path, file, save):
     assert backbone[1:] == (NAME, hashlib.sha256(path.read_bytes()).hexdigest(), str(path))
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_base_patch16_clip_224"])
+def test_rotary_positions_are_not_lost_with_weights_from_a_file(tmp_path, name):
+    state = {key: value for key, value in state_of(name).items() if not key.startswith("head.")}
+    torch.save(state, tmp_path / "w.pth")
+    expected = timm.create_model(name, num_classes=0).eval()
+    expected.load_state_dict(state)
+    images = torch.rand(2, 3, 48, 48)
+    assert torch.equal(load_backbone(name, weights=tmp_path / "w.pth").vit.vit(images), expected(images))
+
+
 def test_images_are_normalised_as_for_the_weights(tmp_path):
     name, path = "vit_base_patch16_clip_224", tmp_path / "w.pth"
     torch.save(state_of(name), path)

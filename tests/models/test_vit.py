@@ -18,6 +18,9 @@ MODELS = {
     "deit3_small_patch16_224": {"img_size": 64},
     "deit_tiny_distilled_patch16_224": {"img_size": 64},
     "vit_base_r26_s32_224": {"img_size": 64},
+    "vit_small_patch16_dinov3": {"img_size": 64, "init_values": 0.5},
+    "eva02_tiny_patch14_224": {"img_size": 56},
+    "eva02_base_patch14_224": {"img_size": 56},
     "vit_tiny_patch16_224 with q/k-norm": {"img_size": 64, "qk_norm": True},
     "vit_tiny_patch16_224 with dynamic size": {"img_size": 64, "dynamic_img_size": True},
     "vit_tiny_patch16_224 without final norm": {"img_size": 64, "final_norm": False},
@@ -73,7 +76,9 @@ def test_without_prompts_it_computes_the_same_as_timm(name):
     assert not any(parameter.requires_grad for parameter in vit.parameters())
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "mini_vit_small"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "eva02_base_patch14_224", "mini_vit_small"]
+)
 def test_trimming_the_last_block_changes_neither_outputs_nor_gradients(name):
     vit = backbone(name)
     tokens = vit.embed(images(vit))
@@ -128,7 +133,7 @@ def test_no_linear_layer_keeps_its_input_for_the_backward_pass():
     assert len(wide) == vit.depth  # GELU's inputs; the second linear layer of the MLP keeps nothing
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mini_vit_small", "vit_base_patch16_clip_quickgelu_224"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mini_vit_small", "eva02_tiny_patch14_224"])
 def test_reduced_precision_is_that_of_autocast(name):
     vit = backbone(name).float()
     batch = images(vit).float()
