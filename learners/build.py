@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from torch._dynamo.exc import TorchDynamoException  # no public name tells a compiler's error from the step's own
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException  # no public name tells a compiler's error from the block's own
 
 from dataloaders.build import build_stream
-from dataloaders.loader import DataPipeline
+from dataloaders.loader import EVAL_BATCH_SIZE, DataPipeline
 from dataloaders.tasks import TaskStream
 from learners.check import cuda_devices, model_problems
 from learners.distillers import DISTILLERS
@@ -23,7 +24,7 @@ from models.cdl_checkpoint import fit_checkpoint, load_checkpoint
 from models.prompted_model import PromptedModel
 from models.prompts import PROMPTS
 from models.prompts.base import PromptDims
-from models.vit import PromptedViT
+from models.vit import PromptedViT, run_block
 from utils.config import Config, ConfigError
 from utils.parallel import Parallel, cuda_problem
 from utils.seed import seeded
@@ -116,8 +117,12 @@ def build_learner(
     dims = DistillDims(*widths, *depths, num_classes, models["student"].prompt.make_head)
     with seeded(config.seed, "init", "distiller", config.distill.method):
         distiller = entry.load()(config.distill, dims)
-    compile_step = StepCompiler() if config.compile else lambda step: step
-    return TeacherStudentLearner(config, models["student"], distiller, models.get("teacher"), parallel, compile_step)
+    if config.compile:
+        part = config.data.batch_size // parallel.world_size // config.accumulate
+        compiled = BlockCompiler((part, EVAL_BATCH_SIZE))
+        for vit in vits.values():
+            vit.run_block = compiled
+    return TeacherStudentLearner(config, models["student"], distiller, models.get("teacher"), parallel)
 
 
 def set_precision(precision: str) -> None:
@@ -126,31 +131,32 @@ def set_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-class StepCompiler:
-    """Puts steps under ``torch.compile``; if that fails, it leaves this and all later steps as they are."""
+class BlockCompiler:
+    """The blocks of all backbones under ``torch.compile``; if that fails, this and all later calls run as they are.
 
-    def __init__(self, backend: str | Callable = "inductor") -> None:
-        self.backend = backend
-        self.failed = False  # one step lacks a compiler, mostly, and then all of them do
-        # A step needs a graph or two for each task, and torch stops compiling at 8. Only these names work in all
-        # supported versions.
+    Not whole steps, as pools and classes change with the task: all graphs are made in the first one.
+
+    Args:
+        batch_sizes: other batches, the rest of a test set, run as they are.
+    """
+
+    def __init__(self, batch_sizes: Collection[int], backend: str | Callable = "inductor") -> None:
+        self.batch_sizes = batch_sizes
+        self.failed = False  # a compiler is lacking, mostly
+        # A graph for each kind of block, prompts, gradient and batch: torch stops compiling at 8. Only these names
+        # work in all supported versions.
         torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 10_000
+        self._compiled = torch.compile(run_block, backend=backend, dynamic=False)
 
-    def __call__(self, step: nn.Module) -> nn.Module:
-        """The step, compiled at its first call, and again for each new shape and task."""
-        plain, compiled = step.forward, torch.compile(step.forward, backend=self.backend)
-
-        def forward(*inputs):
-            if not self.failed:
-                try:
-                    return compiled(*inputs)
-                except TorchDynamoException as error:  # an error of the step itself comes as it is
-                    self.failed = True
-                    while (cause := getattr(error, "inner_exception", None)) is not None:
-                        error = cause
-                    reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-                    _log.warning("--compile is left out from here on, as torch.compile fails: %s", reason)
-            return plain(*inputs)  # safe to repeat: a step changes nothing but the random state
-
-        step.forward = forward
-        return step
+    def __call__(self, block: nn.Module, tokens: Tensor, *inputs: Any) -> Tensor:
+        """Like :func:`models.vit.run_block`."""
+        if not self.failed and len(tokens) in self.batch_sizes:
+            try:
+                return self._compiled(block, tokens, *inputs)
+            except TorchDynamoException as error:  # an error of the block itself comes as it is
+                self.failed = True
+                while (cause := getattr(error, "inner_exception", None)) is not None:
+                    error = cause
+                reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+                _log.warning("--compile is left out from here on, as torch.compile fails: %s", reason)
+        return run_block(block, tokens, *inputs)

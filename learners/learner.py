@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,6 @@ from utils.config import Config
 from utils.parallel import Parallel
 from utils.seed import generator
 
-Compiler = Callable[[nn.Module], nn.Module]
-
 
 class TeacherStudentLearner:
     """Continual distillation of a teacher into a student, one task after the other (arXiv 2407.13911).
@@ -31,7 +29,6 @@ class TeacherStudentLearner:
         distiller: the student's objective.
         teacher: likewise, or None where ``distiller`` needs none.
         parallel: where steps run.
-        compile_step: turns a step into a faster one with the same results (``torch.compile``).
     """
 
     def __init__(
@@ -41,7 +38,6 @@ class TeacherStudentLearner:
         distiller: Distiller,
         teacher: PromptedModel | None,
         parallel: Parallel,
-        compile_step: Compiler = lambda step: step,
     ) -> None:
         self.config = config
         self.parallel = parallel
@@ -53,7 +49,6 @@ class TeacherStudentLearner:
         if self.teacher is not None:
             self.models = {"teacher": self.teacher} | self.models
         self.roles = tuple(self.models)
-        self.compile_step = compile_step
 
     def begin_task(self, task: int) -> None:
         """Prepare both pools for ``task`` (CODA grows before every task; the first growth is part of building)."""
@@ -88,7 +83,7 @@ class TeacherStudentLearner:
             step: Step = TeacherStep(self.query_vit, self.teacher, **options)
         else:
             step = StudentStep(self.student, self.distiller, self.teacher, **options)
-        return TaskTraining(step, classes, self.config, self.parallel, self.compile_step)
+        return TaskTraining(step, classes, self.config, self.parallel)
 
     def eval_step(self) -> EvalStep:
         """Evaluation of both models in one pass; puts them into evaluation mode."""
@@ -96,7 +91,7 @@ class TeacherStudentLearner:
 
     def evaluator(self) -> nn.Module:
         """The evaluation step as it is to be called, on this process's images."""
-        return self.parallel.wrap_evaluation(self.compile_step(self.eval_step()))
+        return self.parallel.wrap_evaluation(self.eval_step())
 
     def state(self, role: str) -> dict[str, Tensor]:
         """Trained parts of one model under the original's names; the student's include the KD method's."""
@@ -149,9 +144,7 @@ class TrainResult(NamedTuple):
 class TaskTraining:
     """Training of one model on one task; ``classes`` are the columns that compete in the losses of ``step``."""
 
-    def __init__(
-        self, step: Step, classes: ClassRange, config: Config, parallel: Parallel, compile_step: Compiler
-    ) -> None:
+    def __init__(self, step: Step, classes: ClassRange, config: Config, parallel: Parallel) -> None:
         self.step = step.to(parallel.device).train()
         self.classes = classes
         self.config = config
@@ -164,7 +157,7 @@ class TaskTraining:
         # default scale they would be as many times larger as there are processes, and overflow earlier.
         scale = 2.0**16 / parallel.world_size
         self.scaler = torch.amp.GradScaler(parallel.device.type, init_scale=scale, enabled=half)
-        self.run = parallel.wrap(compile_step(self.step))
+        self.run = parallel.wrap(self.step)
 
     @property
     def lr(self) -> float:

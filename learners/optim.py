@@ -19,9 +19,9 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
         case "Adam":
             return torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=decay, fused=True)
         case "amsgrad":
-            return torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=decay, amsgrad=True)
+            return torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=decay, amsgrad=True, fused=True)
         case "SGD":
-            return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay)
+            return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, fused=True)
         case "RMSprop":
             return torch.optim.RMSprop(parameters, lr=lr, momentum=momentum, weight_decay=decay)
         case _:

@@ -125,8 +125,8 @@ class StudentStep(Step):
     def _teach(self, images: Tensor, query: Tensor | None) -> ModelOutput:
         needs_blocks = self.distiller.needs_blocks
         # A loss can keep nothing for its gradient that was made in inference mode: logits are copied, all blocks'
-        # outputs would be too much. torch.compile fails on inference mode inside compiled code.
-        if needs_blocks or torch.compiler.is_compiling():
+        # outputs would be too much.
+        if needs_blocks:
             with torch.no_grad():
                 return self.teacher(self.teacher.vit.embed(images), query, return_blocks=needs_blocks)
         with torch.inference_mode():
@@ -146,10 +146,7 @@ class EvalStep(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor, targets: Tensor, seen: int) -> EvalResult:
-        """Count correct top-1 answers among the first ``seen`` classes.
-
-        The caller enters inference mode, since torch.compile fails on it inside compiled code.
-        """
+        """Count correct top-1 answers among the first ``seen`` classes; the caller enters inference mode."""
         logits = self.logits(images, seen)
         correct = {role: (x.argmax(1) == targets).sum().reshape(1) for role, x in logits.items()}
         return EvalResult(correct, sum((~x.isfinite()).sum() for x in logits.values()).reshape(1))

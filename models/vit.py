@@ -78,6 +78,7 @@ class PromptedViT(nn.Module):
         self.vit = vit.eval().requires_grad_(False)
         self.autocast_dtype: torch.dtype | None = None
         self.register_buffer("mean_std", None, persistent=False)
+        self.run_block = run_block  # or the same, compiled
         # timm moves the last norm behind the pooling for average-pooled models.
         self.final_norm = vit.norm if not isinstance(vit.norm, nn.Identity) else vit.fc_norm
 
@@ -158,7 +159,7 @@ class PromptedViT(nn.Module):
             for index, block in enumerate(self.vit.blocks):
                 prompt = prompts[index] if prompts is not None else LayerPrompt()
                 trimmed = index == self.depth - 1 and not return_blocks
-                tokens = _run_block(block, tokens, prompt, num_tokens if trimmed else None, rope)
+                tokens = self.run_block(block, tokens, prompt, num_tokens if trimmed else None, rope)
                 if return_blocks:
                     blocks.append(tokens)
             if return_blocks:
@@ -201,7 +202,7 @@ def _cls_and_extra(tokens: Tensor, num_tokens: int) -> Tensor:
     return torch.cat([tokens[:, :1], tokens[:, num_tokens:]], dim=1)
 
 
-def _run_block(
+def run_block(
     block: nn.Module, tokens: Tensor, prompt: LayerPrompt, num_tokens: int | None, rope: Tensor | None
 ) -> Tensor:
     """Run one pre-norm block; given ``num_tokens`` = N, for the class and extra tokens only, [B, 1 + T, D]."""
@@ -227,8 +228,9 @@ def _attend(
     """
     prompted = any(part is not None for part in prompt)
     if prompted and query_tokens is None:
-        # Projected separately, so that keys and values can be freed once they are joined with the prompts.
-        query_tokens = tokens
+        # Projected separately, so that keys and values can be freed once they are joined with the prompts. Under
+        # autocast the tokens are float32 here: they are cast once, not for each projection.
+        query_tokens = tokens = tokens.to(attn.proj.weight.dtype)
     query, key, value = _project(attn, tokens, query_tokens)  # [B, *, heads, head_dim]
     query, key = attn.q_norm(query), attn.k_norm(key)
     if rope is not None:

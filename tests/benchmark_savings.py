@@ -29,7 +29,7 @@ from tests.benchmark_step import build, count_flops, make_operations, parser, se
 from utils.logging import environment
 
 WHOLE, PLAIN = "all", "plain"
-_run_block, _make_query = models.vit._run_block, learners.steps.make_query  # as they are, with the savings
+_make_query = learners.steps.make_query  # as it is, with the saving
 
 
 @contextlib.contextmanager
@@ -52,10 +52,19 @@ def query_per_model(vit: models.vit.PromptedViT, images: Tensor, **_) -> tuple[T
         return query, vit.embed(images)
 
 
-def whole_block(block: Any, tokens: Tensor, prompt: models.vit.LayerPrompt, num_tokens: int | None) -> Tensor:
+@contextlib.contextmanager
+def whole_block(learner: TeacherStudentLearner) -> Iterator[None]:
     """All rows of the last block."""
-    tokens = _run_block(block, tokens, prompt, num_tokens=None)
-    return tokens if num_tokens is None else models.vit._cls_and_extra(tokens, num_tokens)
+
+    def run_block(block: Any, tokens: Tensor, prompt: Any, num_tokens: int | None, rope: Tensor | None) -> Tensor:
+        tokens = models.vit.run_block(block, tokens, prompt, None, rope)
+        return tokens if num_tokens is None else models.vit._cls_and_extra(tokens, num_tokens)
+
+    for run in (run_block, models.vit.run_block):
+        for model in learner.models.values():
+            model.vit.run_block = run
+        if run is run_block:
+            yield
 
 
 def broadcast_weights(query: Tensor, keys: Tensor, attention: Tensor) -> Tensor:
@@ -69,7 +78,7 @@ Without = Callable[[TeacherStudentLearner], contextlib.AbstractContextManager]
 SAVINGS: dict[str, tuple[Sequence[str], Without]] = {
     "no weight gradients": (("teacher", "student"), weight_gradients),
     "one query": (("student", "evaluate"), lambda _: patch.object(learners.steps, "make_query", query_per_model)),
-    "last block's read rows": (ALL, lambda _: patch.object(models.vit, "_run_block", whole_block)),
+    "last block's read rows": (ALL, whole_block),
     "fused attention": (ALL, lambda _: sdpa_kernel(SDPBackend.MATH)),
     "selection as products": (ALL, lambda _: patch.object(models.prompts.coda, "component_weights", broadcast_weights)),
 }

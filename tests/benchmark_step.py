@@ -37,6 +37,7 @@ from learners.check import load_checked_config
 from learners.learner import TaskTraining, TeacherStudentLearner
 from learners.steps import EvalResult, make_query
 from models.backbones import load_backbone
+from models.vit import run_block
 from utils.config import Config
 from utils.logging import environment, peak_memory_mb
 from utils.parallel import build_parallel
@@ -166,7 +167,8 @@ def measure(config: Config, num_tasks: int, task: int, repeats: int) -> dict[str
         seconds[f"{name}_s"] = statistics.median(timed)
     rate = 2 * size**3 / statistics.median(products)
     latency = latencies(learner, batch[0][:1], repeats)
-    learner.compile_step = lambda step: step  # what is compiled cannot be counted
+    for model in learner.models.values():
+        model.vit.run_block = run_block  # what is compiled cannot be counted
     flops = {name: count_flops(operation) for name, operation in make_operations(learner, batch).items()}
     mfu = {name: count / seconds[f"{name}_s"] / rate for name, count in flops.items()}
     peaks = {"peak_rss_mb": memory.pop("cpu"), **({"peak_device_mb": max(memory.values())} if memory else {})}

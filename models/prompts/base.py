@@ -35,8 +35,8 @@ class PromptPool(nn.Module):
     the current task in training (``self.training``), but not in evaluation.
 
     Parameters are read as attributes, never through ``get_parameter`` or ``parameters()``: in a replica of
-    ``DataParallel`` they are plain tensors. Buffers change in :meth:`begin_task` and :meth:`end_task` alone, as a
-    replica is thrown away after its step.
+    ``DataParallel`` they are plain tensors. Buffers change in :meth:`begin_task` and :meth:`end_task` alone, as
+    replicas get them when a step begins to train.
 
     Attributes:
         needs_query: False for prompts that do not depend on the image: no query is computed, and it is None.

@@ -51,16 +51,19 @@ def learner(
     optim: OptimConfig | None = None,
     device: str = "cpu",
     parallel: Parallel | None = None,
-    compile_step=None,
+    run_block=None,
     **options,
 ) -> TeacherStudentLearner:
     """Teacher of width 24 and student of width 16; the pool has the size of PROMPT_PARAM unless given.
 
-    ``reduced`` is the precision of the backbones' arithmetic; ``options`` are further fields of Config.
+    ``reduced`` is the precision of the backbones' arithmetic, ``run_block`` computes their blocks; ``options`` are
+    further fields of Config.
     """
     vits = {"teacher": vit(dim=24, depth=teacher_depth, seed=1), "student": vit(depth=student_depth, seed=2)}
     if reduced is not None:
         vits = {role: one.reduce_precision(reduced) for role, one in vits.items()}
+    for one in vits.values() if run_block is not None else ():
+        one.run_block = run_block
     config = Config(
         learner_name=learner_name,
         prompt_param=prompt_param or PROMPT_PARAM.get(learner_name, PROMPTS[learner_name].paper),
@@ -69,7 +72,6 @@ def learner(
         **options,
     )
     built = build_learner(config, vits, CLASSES, TASKS, parallel or Parallel(torch.device(device)))
-    built.compile_step = compile_step or built.compile_step
     for module in (built.student, built.distiller, built.teacher):
         if module is not None and dtype != torch.float32:
             module.to(dtype)

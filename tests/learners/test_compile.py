@@ -1,12 +1,12 @@
-"""``--compile``: steps stay compiled from task to task, and run as they are where there is no compiler."""
+"""``--compile``: blocks are compiled in the first task, and run as they are where there is no compiler."""
 
 import logging
 
 import pytest
 import torch
-from torch import nn
 
-from learners.build import StepCompiler
+from learners.build import BlockCompiler
+from models.prompts import PROMPTS
 from tests.learners import small
 from tests.learners.small import batch_of, classes_of
 
@@ -16,7 +16,7 @@ def as_in_a_new_process():
     torch.compiler.reset()
     limits = ("cache_size_limit", "accumulated_cache_size_limit")
     with torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) for name in limits}):
-        yield  # and restore what a step compiler has set
+        yield  # and restore what a compiler has set
     torch.compiler.reset()
 
 
@@ -41,40 +41,28 @@ class Backend:
         return run
 
 
-class ForOneTask(nn.Module):
-    """A step that depends on its task as the pools do: by a number that is an attribute of a module."""
-
-    def __init__(self, pool: nn.Module) -> None:
-        super().__init__()
-        self.pool = pool
-
-    def forward(self, x):
-        return x[: self.pool.task + 1].sum()
-
-
-def test_later_tasks_are_compiled_too(tasks=12):
-    """torch itself would stop after 8 and only tell the standard error."""
-    pool, backend, x = nn.Module(), Backend(), torch.arange(20.0)
-    compiler = StepCompiler(backend)
-    for pool.task in range(tasks):
-        step = compiler(ForOneTask(pool))
-        before = backend.runs
-        for _ in range(2):
-            assert step(x) == ForOneTask(pool)(x)
-        assert backend.runs == before + 2, f"task {pool.task + 1}"
-
-
-def test_all_steps_of_a_learner_are_compiled():
+@pytest.mark.parametrize("kd_method", ["KD_Token", "FitNets"])
+@pytest.mark.parametrize("learner_name", PROMPTS)
+def test_all_blocks_are_compiled_in_the_first_task(learner_name, kd_method):
+    """And used in the others, though pools and classes change; other sizes of a batch run as they are."""
     backend = Backend()
-    learner = small.learner("CODAPrompt", "KD", compile_step=StepCompiler(backend), teacher_depth=1, student_depth=1)
-    for role in learner.roles:
+    learner = small.learner(learner_name, kd_method, run_block=BlockCompiler((small.BATCH,), backend))
+    asked = []
+    for task in range(small.TASKS):
+        learner.begin_task(task)
+        for role in learner.roles:
+            training, before = learner.begin_training(role, classes_of(task)), backend.runs
+            training.train_step(*batch_of(task))
+            blocks = sum(model.vit.depth for model in learner.models.values()) if role == "student" else 3
+            blocks += 2  # of the query
+            assert backend.runs == before + blocks, role
         before = backend.runs
-        learner.begin_training(role, classes_of(0)).train_step(*batch_of(0))
-        assert backend.runs > before, role
-    before = backend.runs
-    with torch.inference_mode():
-        learner.evaluator()(*batch_of(0), 2)
-    assert backend.runs > before
+        with torch.inference_mode():
+            learner.evaluator()(*batch_of(task), 2 * task + 2)
+            learner.evaluator()(*batch_of(task, size=1 + task), 2 * task + 2)
+        assert backend.runs == before + 7
+        asked.append(backend.asked)
+    assert asked[0] == asked[-1] > 0
 
 
 def test_without_a_compiler_all_steps_run_as_they_are(caplog):
@@ -82,8 +70,8 @@ def test_without_a_compiler_all_steps_run_as_they_are(caplog):
     backend = Backend(failure="No working C++ compiler found\nand twenty lines more")
     results = []
     with caplog.at_level(logging.WARNING):
-        for compile_step in (None, StepCompiler(backend)):
-            learner = small.learner("L2P", "KD_Token", compile_step=compile_step)
+        for run_block in (None, BlockCompiler((small.BATCH,), backend)):
+            learner = small.learner("L2P", "KD_Token", run_block=run_block)
             results.append([])
             for role in learner.roles:
                 training = learner.begin_training(role, classes_of(0))
@@ -98,8 +86,10 @@ def test_without_a_compiler_all_steps_run_as_they_are(caplog):
         torch.testing.assert_close(compiled, eager, atol=0, rtol=0)
 
 
-def test_errors_of_the_step_itself_are_raised(caplog):
-    compiler = StepCompiler(Backend(error=torch.OutOfMemoryError("CUDA out of memory")))
+def test_errors_of_the_block_itself_are_raised(caplog):
+    compiler = BlockCompiler((small.BATCH,), Backend(error=torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError):
-        compiler(nn.Linear(2, 2))(torch.ones(1, 2))
+        small.learner("L2P", "none", run_block=compiler).begin_training("student", classes_of(0)).train_step(
+            *batch_of(0)
+        )
     assert not compiler.failed and "--compile" not in caplog.text

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from learners.build import StepCompiler
+from learners.build import BlockCompiler
 from learners.distillers.kd import KD
 from learners.learner import TrainResult
 from tests.learners import small
@@ -91,7 +91,7 @@ def compare_all(cases, tasks, device, without_compiler):
             raise RuntimeError("no compiler")
         return graph.forward
 
-    options = {} if without_compiler is None else {"compile_step": StepCompiler(backend)}
+    options = {} if without_compiler is None else {"run_block": BlockCompiler((BATCH // where.world_size,), backend)}
     report = {case: compare(case, where, tasks, **options) for case in cases}
     leave_group()
     return report
