@@ -65,10 +65,7 @@ class ImageStore(ABC):
 
 
 class FileStore(ImageStore):
-    """Image files below ``root``, opened when asked for; ``paths`` are relative to it, with forward slashes.
-
-    ``upright`` says whether images are turned as their EXIF orientation tells.
-    """
+    """Image files below ``root``, opened when asked for; ``paths`` are relative to it, with forward slashes."""
 
     def __init__(self, root: Path, paths: Iterable[str], upright: bool = True) -> None:
         self._root, self._upright = str(root), upright

@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
-from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 from utils.checkpoint import LOG, RunFolder, RunFolderError
@@ -34,48 +31,37 @@ _LINE = re.compile(r"  Task 1/\d+ teacher epoch (\d+)/\d+, .*?: loss (\S+), trai
 
 
 def compare(log_dir: Path) -> list[str]:
-    """The lines of both tables; raises RunFolderError if there is nothing to compare."""
-    folder = RunFolder(log_dir)
-    settings = folder.settings()
+    """One line per epoch and task; raises RunFolderError if there is nothing to compare."""
+    settings = RunFolder(log_dir).settings()
     run = (settings["dataset"], settings["batch_size"])
     like_theirs = (settings["learner_name"], settings["prompt_param"]) == ("CODAPrompt", [100, 8, 0])
     if run not in EPOCHS or not like_theirs or not settings["t_model"].startswith("vit_base_patch16_224"):
         logged = ", ".join(f"{dataset} with --batch_size {size}" for dataset, size in EPOCHS)
         what = "the authors' logs are of CODAPrompt with --prompt_param 100 8 0, teacher vit_base_patch16_224 and"
         raise RunFolderError(f"{log_dir} has other settings: {what} {logged}")
-    text = (log_dir / LOG).read_text(encoding="utf-8")
-    epochs = {epoch: [loss, accuracy] for epoch, loss, accuracy in _LINE.findall(text)}  # a repeated epoch counts last
+    text = RunFolder(log_dir).read(LOG).decode()
+    epochs = {int(epoch): figures for epoch, *figures in _LINE.findall(text)}  # a repeated epoch counts as run last
     if not epochs:
         raise RunFolderError(f"{log_dir / LOG} holds no epoch of a teacher yet; wait for the first")
-    lines = [
-        f"Teacher ({settings['t_model']}) on {run[0]}, batches of {run[1]}",
-        f"{'task 1':<12}{'loss':>8}{'authors':>9}{'accuracy (%)':>14}{'authors':>9}",
-    ]
-    for epoch, theirs in enumerate(EPOCHS[run].split(), start=1):
-        loss, accuracy = epochs.get(str(epoch), ("-", "-"))
+    lines = [f"Teacher {settings['t_model']} on {run[0]}, batches of {run[1]}; in brackets the authors' figures"]
+    for (epoch, (loss, accuracy)), theirs in zip(sorted(epochs.items()), EPOCHS[run].split(), strict=False):
         their_loss, their_accuracy = theirs.split("/")
-        lines.append(f"epoch {epoch:<6}{loss:>8}{their_loss:>9}{accuracy:>14}{their_accuracy:>9}")
+        lines.append(f"epoch {epoch}: loss {loss} ({their_loss}), train accuracy {accuracy} % ({their_accuracy})")
     results = log_dir / "Results/acc.csv"
     ours = results.read_text().split() if results.exists() else []
-    if ours and run in TASKS:
-        lines += ["", f"{'after':<12}{'average accuracy (%)':>22}{'authors':>9}"]
-        pairs = zip_longest(ours, TASKS[run].split(), fillvalue="-")
-        lines += [f"task {task:<7}{mine:>22}{theirs:>9}" for task, (mine, theirs) in enumerate(pairs, start=1)]
-    return lines
+    pairs = zip(ours, TASKS.get(run, "").split(), strict=False)
+    return lines + [f"task {task}: average accuracy {own} % ({their})" for task, (own, their) in enumerate(pairs, 1)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m experiments.first_epochs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; exit code 2 if there is nothing to compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log_dir", metavar="LOG_DIR", type=Path)
     try:
         print("\n".join(compare(parser.parse_args(argv).log_dir)))
-    except (OSError, RunFolderError) as error:
+    except RunFolderError as error:
         parser.error(str(error))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -41,12 +41,8 @@ def load_checked_config(argv: Sequence[str]) -> Config:
         raise ConfigError(problems)
     gpus = len(config.gpuid or ())
     if gpus > 1 and "aux_loss_scale" not in parsed.values and config.action == "train":
-        _log.warning(
-            "aux_loss_scale is not set, so prompt and feature losses are averaged over %d GPUs; the original adds them "
-            "up: for its numbers use --aux_loss_scale %d",
-            gpus,
-            gpus,
-        )
+        reason = "prompt and feature losses are averaged over GPUs, where the original adds them up"
+        _log.warning("%s: for its numbers use --aux_loss_scale %d", reason, gpus)
     if config.prompt_param is None:
         config = dataclasses.replace(config, prompt_param=PROMPTS[config.learner_name].paper)
     return config

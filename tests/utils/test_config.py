@@ -12,30 +12,11 @@ from utils.config import OPTIONS, Config, DistillConfig, OptimConfig, argument_p
 BASE = {"dataset": "Emoji_R", "first_split_size": 20, "other_split_size": 20, "schedule": [20]}
 
 
-ORIGINALS_ARGS = """
-config: configs/imnet-r_prompt.yaml
-gpuid: [0, 1]
-log_dir: ImageNet_R/coda-p
-overwrite: 1
-debug_mode: 0
-upper_bound_flag: false
-memory: 0
-DW: false
-learner_type: prompt
-learner_name: CODAPrompt
-prompt_param: [100.0, 8.0, 0.0]
-t_model: vit_base_patch16_224
-s_model: vit_small_patch16_224
-KD_method: KD_Token
-kd_alpha: 0.5
-Soft_T: 2.0
-kd_prompt_param: [12, 6]
-random_s: 10
-dataset: ImageNet_R
-first_split_size: 20
-other_split_size: 20
-schedule: [35]
-"""
+ORIGINALS_ARGS = """{config: configs/imnet-r_prompt.yaml, gpuid: [0, 1], log_dir: ImageNet_R/coda-p, overwrite: 1,
+    debug_mode: 0, upper_bound_flag: false, memory: 0, DW: false, learner_type: prompt, learner_name: CODAPrompt,
+    prompt_param: [100.0, 8.0, 0.0], t_model: vit_base_patch16_224, s_model: vit_small_patch16_224, random_s: 10,
+    KD_method: KD_Token, kd_alpha: 0.5, Soft_T: 2.0, kd_prompt_param: [12, 6], dataset: ImageNet_R, model_type: zoo,
+    first_split_size: 20, other_split_size: 20, schedule: [35], rand_split: true}"""
 
 
 @pytest.fixture
