@@ -48,6 +48,7 @@ run_paper() {
         --learner_type prompt --learner_name "$learner" --KD_method "$method" --kd_prompt_param 12 6
         --t_model vit_base_patch16_224 --s_model vit_small_patch16_224
         --log_dir "$root/outputs/$data/$learner/$method")
+    [ "$learner" != APT ] || flags+=(--ema_coeff 0.7)
     if [ ${#words[@]} -gt 2 ]; then flags+=(--gpuid "${words[@]:2}"); fi
     set_up
     exec "$PYTHON" -u "$root/run.py" "${flags[@]}" "$@"

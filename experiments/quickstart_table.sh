@@ -5,4 +5,4 @@
 #     bash experiments/quickstart_table.sh [options of table.sh] [-- more flags of run.py]
 set -eu
 . "$(dirname -- "$0")/_setup.sh"
-exec bash "$root/experiments/table.sh" emoji-r --seeds 1 2 3 --jobs 2 "$@"
+exec bash "$root/experiments/table.sh" emoji-r --learners CODAPrompt DualPrompt L2P --seeds 1 2 3 --jobs 2 "$@"

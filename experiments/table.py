@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from learners.check import load_checked_config
+from models.prompts import PROMPTS
 from utils.checkpoint import RunFolderError, check_settings, is_finished
 from utils.config import ConfigError
 from utils.report.table import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
+LEARNERS = {"CODAPrompt": [], "DualPrompt": [], "L2P": [], "APT": ["--ema_coeff", "0.7"]}  # flags as in the paper
 PAPER = {"kd": [*METHODS, "KD_Token:1,6", "KD_Token:12,6"], "pairs": ["base-small", "large-base"]}
 DATASETS = {
     "cifar-100": {"config": "configs/cifar-100_prompt.yaml", **PAPER},
@@ -45,7 +47,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     split = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser("table.sh", usage="bash experiments/table.sh --help", allow_abbrev=False)
     parser.add_argument("dataset", choices=DATASETS)
-    parser.add_argument("--learners", nargs="+", default=["CODAPrompt", "DualPrompt", "L2P"])
+    parser.add_argument("--learners", nargs="+", default=[name for name in LEARNERS if name in PROMPTS])
     parser.add_argument("--kd", nargs="+")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
@@ -75,7 +77,7 @@ def list_runs(options: argparse.Namespace, more: list[str]) -> dict[Path, list[s
         folder = options.out / pair / learner / "-".join([method, *param]) / f"seed-{seed}"
         flags = ["--config", str(ROOT / DATASETS[options.dataset]["config"]), "--dataroot", str(ROOT / "data")]
         flags += ["--learner_type", "prompt", "--learner_name", learner, *PAIRS[pair].split(), "--random_s", str(seed)]
-        flags += ["--KD_method", method, *(["--kd_prompt_param", *param] if param else [])]
+        flags += [*LEARNERS.get(learner, []), "--KD_method", method, *(["--kd_prompt_param", *param] if param else [])]
         runs[folder] = [*flags, "--log_dir", str(folder), *more]
     return runs
 

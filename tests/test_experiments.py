@@ -102,6 +102,7 @@ def test_runs_of_the_paper(clone):
     assert "[--learner_name][CODAPrompt][--KD_method][KD_Token]" in default and "--gpuid" not in default
     assert "/my project/outputs/cifar-100/CODAPrompt/KD_Token]" in default
     other = clone("experiments/imagenet-r.sh", "L2P", "KD", "0", "1", "--", "--log_dir", "a b", shell="sh").stdout
+    assert "[--ema_coeff][0.7]" in clone("experiments/cifar-100.sh", "APT").stdout and "--ema_coeff" not in default
     assert "[--learner_name][L2P][--KD_method][KD]" in other and other.endswith("[--gpuid][0][1][--log_dir][a b]\n")
 
 
