@@ -214,7 +214,6 @@ def test_first_epochs_are_beside_the_authors(started, capsys):
     [
         ("args.yaml", "64", "16", "ImageNet_R with --batch_size 32"),
         ("args.yaml", "CODAPrompt", "L2P", "CODAPrompt with --prompt_param 100 8 0"),
-        ("args.yaml", ARGS_END, "", "damaged"),
         ("output.log", "teacher", "student", "no epoch of a teacher"),
     ],
 )

@@ -12,11 +12,14 @@ from utils.config import OPTIONS, Config, DistillConfig, OptimConfig, argument_p
 BASE = {"dataset": "Emoji_R", "first_split_size": 20, "other_split_size": 20, "schedule": [20]}
 
 
+# What the original's run.py writes: every flag and every key of its YAML file.
 ORIGINALS_ARGS = """{config: configs/imnet-r_prompt.yaml, gpuid: [0, 1], log_dir: ImageNet_R/coda-p, overwrite: 1,
     debug_mode: 0, upper_bound_flag: false, memory: 0, DW: false, learner_type: prompt, learner_name: CODAPrompt,
     prompt_param: [100.0, 8.0, 0.0], t_model: vit_base_patch16_224, s_model: vit_small_patch16_224, random_s: 10,
     KD_method: KD_Token, kd_alpha: 0.5, Soft_T: 2.0, kd_prompt_param: [12, 6], dataset: ImageNet_R, model_type: zoo,
-    first_split_size: 20, other_split_size: 20, schedule: [35], rand_split: true}"""
+    first_split_size: 20, other_split_size: 20, schedule: [35], schedule_type: cosine, batch_size: 64, workers: 4,
+    optimizer: Adam, lr: 0.001, momentum: 0.9, weight_decay: 0, model_name: vit_pt_imnet, max_task: -1, dataroot: data,
+    validation: false, train_aug: true, rand_split: true}"""
 
 
 @pytest.fixture
@@ -43,15 +46,6 @@ def test_flag_beats_file_beats_default(config_file):
     assert config.distill.alpha == 0.5  # a flag with the default's value beats the file, too
 
 
-def test_every_flag_and_key_of_the_original_is_there():
-    flags = "config gpuid log_dir learner_type learner_name debug_mode overwrite upper_bound_flag memory DW"
-    flags += " prompt_param t_model s_model kd_alpha Soft_T KD_method kd_prompt_param random_s"
-    keys = "dataset first_split_size other_split_size schedule schedule_type batch_size optimizer lr momentum"
-    keys += " weight_decay model_type model_name max_task dataroot workers validation train_aug rand_split"
-    assert {*flags.split(), *keys.split()} <= set(OPTIONS)
-    assert all(OPTIONS[key].in_yaml for key in keys.split())
-
-
 def test_defaults(config_file):
     config = load("--config", config_file())
     assert config.distill == DistillConfig("KD", prompt_param=(5, 6), alpha=0.5, temperature=2)
@@ -72,7 +66,6 @@ def test_flags_may_be_shortened(config_file):
 
 
 def test_args_yaml_of_the_original_is_a_config(tmp_path, caplog):
-    """What its run.py writes: every flag and every key of its YAML file."""
     file = tmp_path / "args.yaml"
     file.write_text(ORIGINALS_ARGS)
     parsed = parse_config(["--config", str(file)])
