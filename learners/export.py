@@ -116,7 +116,7 @@ def export(classifier: StudentClassifier, metadata: dict[str, Any], path: Path) 
         # The name of the entry is the format's, which other versions read.
         data = save(_tensors(classifier), metadata={"description": json.dumps(metadata, sort_keys=True)})
     write_atomic(path, data)
-    write_atomic(beside, (json.dumps(metadata, ensure_ascii=False, indent=1) + "\n").encode())
+    write_atomic(beside, (json.dumps(metadata, ensure_ascii=False, indent=1) + "\n").encode(errors="backslashreplace"))
 
 
 def load_exported(path: Path) -> StudentClassifier:

@@ -88,7 +88,7 @@ def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
         "data": {  # differs for another data set of the same name, but not for another seed or order of classes
             "split": stream.split,
             "classes": stream.num_classes,
-            "class_names_sha256": hashlib.sha256(names.encode()).hexdigest(),
+            "class_names_sha256": hashlib.sha256(names.encode(errors="backslashreplace")).hexdigest(),
             "train_images": len(stream.train_images.used),
             "test_images": len(stream.test_images.used),
         },
@@ -217,8 +217,8 @@ def write_start(folder: RunFolder, config: Config, run: Run, info: Mapping[str, 
 
 
 def write_classes(folder: RunFolder, info: Mapping[str, Any]) -> None:
-    """Write ``classes.json``."""
-    folder.write(CLASSES, (json.dumps(info, ensure_ascii=False, indent=1) + "\n").encode())
+    """Write ``classes.json``; bytes of names that are not UTF-8 become ``\\udc..``, as JSON writes them."""
+    folder.write(CLASSES, (json.dumps(info, ensure_ascii=False, indent=1) + "\n").encode(errors="backslashreplace"))
 
 
 def forget_images(folder: RunFolder) -> None:

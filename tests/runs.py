@@ -37,6 +37,7 @@ prompt_param: [5, 4, 1]
 no_progress: true
 gpuid: -1
 """
+CLASS_NAMES = ("class 0", os.fsdecode(b"class 1\xe9"), "class 2", "class 3")  # the second is not UTF-8
 CLASSES, TRAIN_IMAGES, TEST_IMAGES = 4, 7, 3  # of each class; with batches of 4 an epoch has 3 steps
 
 # Times, and what only tells how a run went: all other files must be equal when results are.
@@ -52,7 +53,7 @@ def make(root: Path) -> Path:
     random = np.random.default_rng(0)
     for part, number in (("train", TRAIN_IMAGES), ("val", TEST_IMAGES)):
         for label in range(CLASSES):
-            folder = root / "images" / part / f"class {label}"
+            folder = root / "images" / part / CLASS_NAMES[label]
             folder.mkdir(parents=True)
             for index in range(number):
                 pixels = random.integers(0, 150, (16, 16, 3), dtype=np.uint8)

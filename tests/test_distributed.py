@@ -82,7 +82,7 @@ def test_processes_learn_what_one_learns(size, config, single, tmp_path):
 
 def test_repeated_runs_share_one_group_and_teachers_of_other_runs(config, tmp_path):
     for method, more in (("KD", []), ("KD_Token", ["--teacher_from", str(tmp_path / "KD")])):
-        flags = ("--KD_method", method, "--repeat", 2, "--max_task", 1, *more)
+        flags = ("--KD_method", method, "--random_s", 1, "--repeat", 2, "--max_task", 1, *more)
         outputs = train_in_group(2, runs.arguments(config, tmp_path / method, *flags))
         assert json.loads((tmp_path / method / "repeat.json").read_text())["seeds"] == [1, 2]
         assert "2 seeds" in outputs[0] and outputs[1] == ""
