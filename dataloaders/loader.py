@@ -8,9 +8,11 @@ augmentation of an image therefore depends only on (seed, task, role, epoch, sam
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from functools import partial
 from multiprocessing.synchronize import Event
@@ -81,9 +83,13 @@ class DataPipeline:
 
     Args:
         stream: the tasks.
-        config: batch size and number of worker processes; with 0 workers the main process loads.
+        config: batch size and number of worker processes; with 0 workers the main process loads. By default there
+            are 4, and with a GPU as many as leave this process one of its cores, at most 16.
         seed: of order and augmentation.
         parallel: device of the batches, and which of how many processes this one is.
+
+    Attributes:
+        waited: seconds that this process has waited for batches so far.
 
     Raises:
         DataError: images that the split lists are missing.
@@ -99,18 +105,23 @@ class DataPipeline:
         self._batch_size = config.batch_size
         self._seed = seed
         self._device, self._rank, self._world_size = parallel.device, parallel.rank, parallel.world_size
+        self.waited = 0.0
         self._sampler = RequestSampler()
         self._pass_id = 0
         self._closing = multiprocessing.Event()
         # Python ends workers that are left at its exit by SIGTERM, which they must obey then.
         atexit.register(self._closing.set)
+        workers = 4 if config.workers is None else config.workers
+        if config.workers is None and parallel.device.type == "cuda":
+            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            workers = min(max(cores - 1, 1), 16)
         self._loader = DataLoader(
             StreamDataset(stream),
             batch_size=None,  # an item is a batch
             sampler=self._sampler,
-            num_workers=config.workers,
+            num_workers=workers,
             pin_memory=parallel.device.type == "cuda",
-            persistent_workers=config.workers > 0,
+            persistent_workers=workers > 0,
             worker_init_fn=partial(_handle_signals, self._closing),
             generator=torch.Generator(),  # the loader draws a base seed; it must not come from the global one
         )
@@ -130,8 +141,12 @@ class DataPipeline:
             )
         return samples // self._batch_size
 
-    def train(self, task: int, role: str, epoch: int, *, first_step: int = 0) -> Iterator[Batch]:
-        """This process's rows of the epoch's batches.
+    def train(
+        self, task: int, role: str, epoch: int, *, until: int | None = None, first_step: int = 0
+    ) -> Iterator[Batch]:
+        """This process's rows of the batches of ``epoch``, and of the following epochs before ``until``.
+
+        Workers begin an epoch while the caller is still busy with the one before.
 
         Args:
             role: ``teacher`` or ``student``; with task and epoch it decides order and augmentation.
@@ -143,13 +158,24 @@ class DataPipeline:
         Raises:
             BadImageError: an image is missing or damaged.
         """
-        return self._run(self._train_requests(task, role, epoch, range(first_step, self.steps_per_epoch(task))))
+        steps = range(self.steps_per_epoch(task))
+        epochs = ((each, steps[first_step if each == epoch else 0 :]) for each in range(epoch, until or epoch + 1))
+        return self._run(request for each, part in epochs for request in self._train_requests(task, role, each, part))
 
-    def test(self, task: int) -> Iterator[Batch]:
-        """This process's share of the task's test images, in batches like those of :meth:`train`."""
-        indices = self._stream.test_indices(task)[self._rank :: self._world_size]
-        starts = range(0, len(indices), EVAL_BATCH_SIZE)
-        return self._run(BatchRequest(False, indices[start : start + EVAL_BATCH_SIZE], None) for start in starts)
+    def test_steps(self, task: int) -> int:
+        """Number of this process's batches of the task's test images."""
+        return math.ceil(len(self._test_indices(task)) / EVAL_BATCH_SIZE)
+
+    def test(self, *tasks: int) -> Iterator[Batch]:
+        """This process's share of the tasks' test images, in batches of one task like those of :meth:`train`."""
+        return self._run(
+            BatchRequest(False, share[start : start + EVAL_BATCH_SIZE], None)
+            for share in map(self._test_indices, tasks)
+            for start in range(0, len(share), EVAL_BATCH_SIZE)
+        )
+
+    def _test_indices(self, task: int) -> np.ndarray:
+        return self._stream.test_indices(task)[self._rank :: self._world_size]
 
     def close(self) -> None:
         """End the worker processes."""
@@ -176,13 +202,19 @@ class DataPipeline:
         self._pass_id = pass_id = self._pass_id + 1
         self._sampler.requests = requests
         self._batches = iter(self._loader)
-        while (batch := next(self._batches, None)) is not None:
+        while (batch := self._next()) is not None:
             if isinstance(batch, BadImageError):
                 raise batch
             pixels, labels = (tensor.to(self._device, non_blocking=True) for tensor in batch)
             yield to_unit(pixels), labels
             if pass_id != self._pass_id:
                 raise RuntimeError("a new pass over the data has begun: this one is over")
+
+    def _next(self) -> list[torch.Tensor] | BadImageError | None:
+        started = time.monotonic()
+        batch = next(self._batches, None)
+        self.waited += time.monotonic() - started
+        return batch
 
 
 def _handle_signals(closing: Event, worker: int) -> None:

@@ -30,7 +30,11 @@ class EvalTransform(v2.Compose):
 
 def to_planes(image: Image.Image, planes: np.ndarray) -> None:
     """Write an RGB image [H, W] into ``planes``, uint8 [3, H, W]."""
-    planes[:] = np.asarray(image).transpose(2, 0, 1)
+    if planes.shape[2] < 128:
+        planes[:] = np.asarray(image).transpose(2, 0, 1)
+        return
+    for plane, band in zip(planes, image.split(), strict=True):  # faster for large images
+        plane.reshape(-1)[:] = np.frombuffer(band.tobytes(), np.uint8)
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:

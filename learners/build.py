@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """The objects of a run: among them backbones by role, and the number of tasks to learn (see ``max_task``)."""
+    """The objects of a run: among them backbones by role, and the number of tasks to learn (see ``max_task``).
+
+    ``queries`` are those of this process's test images by task, batch by batch, once they have been computed.
+    """
 
     parallel: Parallel
     stream: TaskStream
@@ -44,6 +47,7 @@ class Run:
     learner: TeacherStudentLearner
     backbones: dict[str, Backbone]
     num_tasks: int
+    queries: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 def build_run(config: Config, parallel: Parallel, resumed_dir: Path | None = None) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sys
@@ -46,17 +47,21 @@ def evaluate(run: Run, task: int, between: Callable[[], None] = lambda: None) ->
     step, parallel = run.learner.evaluator(), run.parallel
     seen = run.stream.classes(task).stop
     rows: dict[str, list[float]] = {role: [] for role in run.learner.roles}
+    totals = torch.zeros(task + 1, len(rows) + 1, dtype=torch.int64, device=parallel.device)
+    batches = run.data.test(*range(task + 1))
     for past in range(task + 1):
-        totals = torch.zeros(len(rows) + 1, dtype=torch.int64, device=parallel.device)
-        for images, targets in run.data.test(past):
-            result = step(images, targets, seen)
+        queries = run.queries.setdefault(past, [])  # no training changes them
+        for index, (images, targets) in enumerate(itertools.islice(batches, run.data.test_steps(past))):
+            result = step(images, targets, seen, queries[index] if index < len(queries) else None)
+            if index == len(queries) and result.query is not None:
+                queries.append(result.query)
             # One element for each replica.
-            totals += torch.stack([*(result.correct[role].sum() for role in rows), result.not_finite.sum()])
+            totals[past] += torch.stack([*(result.correct[role].sum() for role in rows), result.not_finite.sum()])
             if parallel.world_size == 1:
                 between()
         if parallel.world_size > 1:
             between()
-        *counts, not_finite = parallel.sum(totals).tolist()
+    for past, (*counts, not_finite) in enumerate(parallel.sum(totals).tolist()):
         if not_finite:
             raise NonFiniteError(
                 f"after task {task + 1}, logits of task {past + 1}'s test images are not finite ({not_finite} of "
@@ -71,11 +76,11 @@ def _usage(run: Run, task: int) -> dict[str, dict[str, list[float]]]:
     usage: dict[str, dict[str, list[float]]] = {role: {} for role in run.learner.roles}
     if not run.learner.student.prompt.needs_query:
         return usage
-    vit, parallel = run.learner.query_vit, run.parallel
-    queries = [torch.zeros(0, vit.embed_dim, device=parallel.device)]  # a process may have no image
-    queries += [vit(vit.embed(images)).cls.float() for images, _ in run.data.test(task)]
+    parallel = run.parallel
+    no_image = torch.zeros(0, run.learner.query_vit.embed_dim, device=parallel.device)  # a process may have none
+    queries = torch.cat([no_image, *(query.float() for query in run.queries[task])])
     for role, model in run.learner.models.items():
-        for layer, total in model.prompt.usage(torch.cat(queries)).items():
+        for layer, total in model.prompt.usage(queries).items():
             usage[role][layer] = (parallel.sum(total).cpu().double() / run.stream.test_size(task)).tolist()
     return usage
 

@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 
 from learners.build import Run
+from learners.speed import speed_by_phase, speed_lines
 from models.cdl_checkpoint import find_checkpoint
 from utils.checkpoint import ARGS, ARGS_END, CLASSES, METRICS, RunFolder, RunFolderError, from_bytes, sha256_of
 from utils.config import Config, ConfigError
@@ -23,6 +24,8 @@ from utils.parallel import Parallel
 
 IMAGES = "images_sha256"  # in classes.json
 _CSV = {"teacher": "Results/acc.csv", "student": "Results/acc_s.csv"}
+
+TIMING = "Results/timing.json"
 
 _log = logging.getLogger(__name__)
 
@@ -35,15 +38,15 @@ class History:
         accuracy: rows of each role's accuracy matrix, %.
         losses: per task, per epoch, mean of each term.
         usage: per task, how much each pool entry is used, by layer.
-        training: duration of each role's training on each task, s, and its number of images.
-        evaluation: duration of each task's evaluation, s.
+        phases: of each training of a role on a task and each evaluation: seconds, those waited for data, and images.
+        speed: FLOPs per image by phase, and ``product``, FLOP/s of a large product on all devices (learners/speed.py).
     """
 
     accuracy: dict[str, list[list[float]]] = field(default_factory=dict)
     losses: dict[str, list[list[dict[str, float]]]] = field(default_factory=dict)
     usage: dict[str, list[dict[str, list[float]]]] = field(default_factory=dict)
-    training: list[dict[str, Any]] = field(default_factory=list)
-    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    speed: dict[str, float] = field(default_factory=dict)
 
     def add_epoch(self, role: str, task: int, epoch: int, means: Mapping[str, float]) -> None:
         """Enter an epoch's losses; an epoch that is repeated replaces its earlier entry."""
@@ -51,19 +54,17 @@ class History:
         tasks[task:] = [*tasks[task : task + 1], []][:1]
         tasks[task][epoch:] = [dict(means)]
 
-    def add_time(self, task: int, role: str, seconds: float, images: int) -> None:
-        """Add an epoch to a role's time on a task."""
-        if not self.training or (self.training[-1]["task"], self.training[-1]["phase"]) != (task, role):
-            self.training.append({"task": task, "phase": role, "epochs": 0, "seconds": 0.0, "images": 0})
-        entry = self.training[-1]
-        entry["epochs"] += 1
-        entry["seconds"] += seconds
-        entry["images"] += images
+    def add_time(self, task: int, phase: str, seconds: float, waited: float, images: int) -> None:
+        """Add an epoch, or an evaluation, to the time of a phase."""
+        if not self.phases or (self.phases[-1]["task"], self.phases[-1]["phase"]) != (task, phase):
+            self.phases.append(dict(task=task, phase=phase, epochs=0, seconds=0.0, waited_for_data=0.0, images=0))
+        entry = self.phases[-1]
+        for name, more in dict(epochs=1, seconds=seconds, waited_for_data=waited, images=images).items():
+            entry[name] += more
         entry["images_per_second"] = entry["images"] / max(entry["seconds"], 1e-9)
 
-    def add_evaluation(self, task: int, rows: Mapping, usage: Mapping, seconds: float) -> None:
+    def add_evaluation(self, task: int, rows: Mapping, usage: Mapping) -> None:
         """Enter the results after a task: accuracies on all tasks seen, and the use of the pools, by role."""
-        self.evaluation[task:] = [{"task": task, "seconds": seconds}]
         for role, row in rows.items():
             self.accuracy.setdefault(role, [])[task:] = [row]
             self.usage.setdefault(role, [])[task:] = [usage[role]]
@@ -105,13 +106,16 @@ def write_results(folder: RunFolder, config: Config, run: Run, history: History)
     text = metrics_json(build_metrics(config, run, history))
     metrics = json.loads(text)  # pictures show the rounded numbers, so that they can be drawn again from the file
     timing = {
-        "phases": history.training,
-        "evaluation": history.evaluation,
-        "total_seconds": sum(entry["seconds"] for entry in [*history.training, *history.evaluation]),
+        "phases": history.phases,
+        "speed": speed_by_phase(history.phases, history.speed),
+        "product_tflop_per_second": history.speed["product"] / 1e12,
+        "total_seconds": sum(entry["seconds"] for entry in history.phases),
         "peak_memory_mb": peak_memory_mb(),
         **environment(),
     }
-    folder.write("Results/timing.json", (json.dumps(timing, indent=1) + "\n").encode())
+    for line in speed_lines(timing["speed"]):
+        _log.debug("%s", line)
+    folder.write(TIMING, (json.dumps(timing, indent=1) + "\n").encode())
     for role in history.accuracy:
         folder.write(_CSV[role], acc_csv(metrics[role]["average_accuracy"]).encode())
     if metrics["complete"]:
@@ -157,8 +161,10 @@ def tasks_done(folder: RunFolder) -> int:
 
 
 def log_summary(folder: RunFolder) -> None:
-    """Log the table of measures, and the original's summary lines, which end the log."""
+    """Log the speed, the table of measures, and the original's summary lines, which end the log."""
     metrics = folder.read_json(METRICS)
+    for line in speed_lines(folder.read_json(TIMING)["speed"]):
+        _log.info("%s", line)
     _log.info("\n%s\n", summary_table(metrics["teacher"], metrics["student"]))
     for line in summary_lines(metrics["student"]):
         _log.info("%s", line, extra={"bare": True})

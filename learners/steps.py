@@ -31,6 +31,7 @@ class EvalResult(NamedTuple):
 
     correct: dict[str, Tensor]  # number of correct predictions by role, [1] each
     not_finite: Tensor  # number of logits of both models that are infinite or not a number, [1]
+    query: Tensor | None  # of the images, [B, Dq], if the pools need it
 
 
 class Step(nn.Module):
@@ -145,20 +146,28 @@ class EvalStep(nn.Module):
         self.teacher = teacher
         self.eval()
 
-    def forward(self, images: Tensor, targets: Tensor, seen: int) -> EvalResult:
-        """Count correct top-1 answers among the first ``seen`` classes; the caller enters inference mode."""
-        logits = self.logits(images, seen)
-        correct = {role: (x.argmax(1) == targets).sum().reshape(1) for role, x in logits.items()}
-        return EvalResult(correct, sum((~x.isfinite()).sum() for x in logits.values()).reshape(1))
+    def forward(self, images: Tensor, targets: Tensor, seen: int, query: Tensor | None = None) -> EvalResult:
+        """Count correct top-1 answers among the first ``seen`` classes; the caller enters inference mode.
 
-    def logits(self, images: Tensor, seen: int) -> dict[str, Tensor]:
+        ``query`` [B, Dq] is that of an earlier evaluation of the images, None if there was none.
+        """
+        query, logits = self._answer(images, seen, query)
+        correct = {role: (x.argmax(1) == targets).sum().reshape(1) for role, x in logits.items()}
+        return EvalResult(correct, sum((~x.isfinite()).sum() for x in logits.values()).reshape(1), query)
+
+    def logits(self, images: Tensor, seen: int, query: Tensor | None = None) -> dict[str, Tensor]:
         """Logits [B, seen] of ``student`` and, where there is one, ``teacher``."""
-        query, tokens = make_query(self.student.vit, images, needed=self.student.prompt.needs_query)
+        return self._answer(images, seen, query)[1]
+
+    def _answer(self, images: Tensor, seen: int, query: Tensor | None) -> tuple[Tensor | None, dict[str, Tensor]]:
+        missing = query is None and self.student.prompt.needs_query
+        new, tokens = make_query(self.student.vit, images, needed=missing)
+        query = new if missing else query
         output = self.student(tokens, query, self.distiller.student_inputs())
         result = {"student": self.distiller.predict(output)}
         if self.teacher is not None:
             result["teacher"] = self.teacher(self.teacher.vit.embed(images), query).logits
-        return {role: logits[:, :seen].float() for role, logits in result.items()}
+        return query, {role: logits[:, :seen].float() for role, logits in result.items()}
 
 
 def make_query(vit: PromptedViT, images: Tensor, *, needed: bool = True) -> tuple[Tensor | None, Tensor]:

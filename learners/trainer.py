@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -12,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learners.build import Run
+from dataloaders.loader import Batch
+from learners.build import REDUCED, Run
 from learners.evaluate import evaluate
 from learners.learner import TaskTraining
 from learners.meter import LossMeter, NonFiniteError, TrainingError
 from learners.results import History, model_file, write_results
 from learners.signals import Signals, StoppedError
+from learners.speed import flop_per_image, product_rate
 from learners.teacher_cache import TeacherCache
 from utils.checkpoint import RunFolder, to_bytes
 from utils.config import Config
@@ -139,7 +143,9 @@ class Trainer:
         training = self.learner.begin_training(role, classes, weights)
         if state is not None and state["training"] is not None:
             training.load_state(state["training"])
+        self._count(role, training)
         self.progress.start_training(task, role, epochs, start.epoch)
+        batches = self.data.train(task, role, start.epoch, until=epochs, first_step=start.step)
         here = start
         while here.role == role:
             meter = LossMeter(self.parallel, check_gradient=not training.scaler.is_enabled())
@@ -148,7 +154,7 @@ class Trainer:
             last = here.epoch + 1 == epochs
             following = self._after(here) if last else here._replace(epoch=here.epoch + 1, step=0)
             try:
-                self._train_epoch(training, here, meter)
+                self._train_epoch(training, here, meter, batches)
                 if following.role == EVALUATION:
                     self.learner.end_task(task)  # before the state is saved, so that no resume does it twice
                 here = self._save(following, None if last else training)
@@ -160,13 +166,12 @@ class Trainer:
         self.progress.end_training()
         return here
 
-    def _train_epoch(self, training: TaskTraining, here: Position, meter: LossMeter) -> None:
-        started, images_before = time.monotonic(), meter.images
+    def _train_epoch(self, training: TaskTraining, here: Position, meter: LossMeter, batches: Iterator[Batch]) -> None:
+        started, waited, images_before = time.monotonic(), self.data.waited, meter.images
         steps = self.data.steps_per_epoch(here.task)
         training.begin_epoch(here.epoch)
         self.progress.start_epoch(here.epoch, steps, training.lr)
-        batches = self.data.train(here.task, here.role, here.epoch, first_step=here.step)
-        for step, (images, targets) in enumerate(batches, here.step + 1):
+        for step, (images, targets) in enumerate(itertools.islice(batches, steps - here.step), here.step + 1):
             result = training.train_step(images, targets)
             count = len(images) * self.parallel.world_size
             meter.add(result, count)
@@ -182,16 +187,20 @@ class Trainer:
         self.progress.end_epoch()
         means = meter.means()
         self.history.add_epoch(here.role, here.task, here.epoch, means)
-        self.history.add_time(here.task, here.role, time.monotonic() - started, meter.images - images_before)
+        seconds, images = time.monotonic() - started, meter.images - images_before
+        self.history.add_time(here.task, here.role, seconds, self.data.waited - waited, images)
         for name, value in means.items() if self.tensorboard else ():
             epoch = here.task * self.config.optim.epochs + here.epoch
             self.tensorboard.add_scalar(f"{here.role}/{name}", value, epoch)
 
     def _evaluate(self, here: Position) -> Position:
         """Measure both models on all tasks seen; write models and results, then the state that follows."""
-        started = time.monotonic()
+        self._count(EVALUATION)
+        started, waited = time.monotonic(), self.data.waited
         rows, usage = evaluate(self.run, here.task, between=lambda: self._obey_signals(here))
-        self.history.add_evaluation(here.task, rows, usage, time.monotonic() - started)
+        seconds, images = time.monotonic() - started, sum(map(self.run.stream.test_size, range(here.task + 1)))
+        self.history.add_evaluation(here.task, rows, usage)
+        self.history.add_time(here.task, EVALUATION, seconds, self.data.waited - waited, images)
         for role, row in rows.items():
             mean = sum(row) / len(row)
             _log.info("After task %d/%d the %s's accuracy is %.2f %%", here.task + 1, self.run.num_tasks, role, mean)
@@ -200,6 +209,16 @@ class Trainer:
                 self.folder.write(model_file(role, here.task), to_bytes(tensors))
             write_results(self.folder, self.config, self.run, self.history)
         return self._save(self._after(here))
+
+    def _count(self, phase: str, training: TaskTraining | None = None) -> None:
+        """Count the arithmetic of a phase, and measure the rate of a large product, once in a run."""
+        speed = self.history.speed
+        if self.folder is not None and phase not in speed:
+            speed[phase] = flop_per_image(self.learner, training)
+        if self.folder is not None and "product" not in speed:
+            devices = self.parallel.world_size if self.parallel.world_size > 1 else len(self.config.gpuid or (0,))
+            dtype = REDUCED.get(self.config.precision, torch.float32)
+            speed["product"] = devices * product_rate(self.parallel.device, dtype)
 
     def _models(self) -> dict[str, dict[str, Tensor]]:
         """Trained parts by role, copied to the CPU; each has its own storage, on which the bytes of a file depend."""
@@ -243,12 +262,11 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "history": asdict(self.history),
             "models": models,
-            "training": training and training.state(),
+            "training": training and copy.deepcopy(training.state()),  # the next step changes it
             "meter": meter and meter.state(),
         }
-        data = to_bytes(state)
         self._wait_until_written()
-        self._written = self._writer.submit(self.folder.save_state, data)
+        self._written = self._writer.submit(lambda: self.folder.save_state(to_bytes(state)))
 
     def _wait_until_written(self) -> None:
         """Wait for the last save; a RunFolderError that ended it is raised here."""

@@ -51,8 +51,9 @@ def our_epochs(root: Path, part: str, workers: int) -> Iterator[Iterable]:
     config = DataConfig("ImageFolder", root, first_split_size=2, other_split_size=2, batch_size=BATCH, workers=workers)
     stream = build_stream(config, seed=0, image_size=SIZE)
     with contextlib.closing(DataPipeline(stream, config, seed=0, parallel=Parallel(torch.device("cpu")))) as data:
-        for epoch in itertools.count():
-            yield data.train(0, "teacher", epoch) if part == "train" else data.test(0)
+        batches = data.train(0, "teacher", 0, until=10**9)
+        while True:
+            yield itertools.islice(batches, data.steps_per_epoch(0)) if part == "train" else data.test(0)
 
 
 def plain_epochs(root: Path, part: str, workers: int) -> Iterator[Iterable]:

@@ -25,7 +25,8 @@ import learners.steps
 import models.prompts.coda
 import models.vit
 from learners.learner import TeacherStudentLearner
-from tests.benchmark_step import build, count_flops, make_operations, parser, seconds_of, step_config
+from learners.speed import count_flops
+from tests.benchmark_step import build, make_operations, parser, seconds_of, step_config
 from utils.logging import environment
 
 WHOLE, PLAIN = "all", "plain"

@@ -15,7 +15,6 @@ The result is one JSON object:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import tempfile
@@ -27,14 +26,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import learners.build
 from dataloaders.tasks import ClassRange, split_classes
 from learners.build import REDUCED, build_learner, load_backbones, set_precision
 from learners.check import load_checked_config
 from learners.learner import TaskTraining, TeacherStudentLearner
+from learners.speed import count_flops
 from learners.steps import EvalResult, make_query
 from models.backbones import load_backbone
 from models.vit import run_block
@@ -132,21 +130,6 @@ def latencies(learner: TeacherStudentLearner, image: Tensor, repeats: int) -> di
     learner.eval_step()  # puts all into evaluation mode
     seconds = {role: [seconds_of(partial(predict, role)) for _ in range(3 * repeats)] for role in learner.roles}
     return {role: 1000 * statistics.median(values) for role, values in seconds.items()}
-
-
-class NoModules(contextlib.nullcontext):
-    """In place of the counter's record of modules, which fails in inference mode."""
-
-    parents = ("Global",)
-
-
-def count_flops(operation: Callable[[], Any]) -> int:
-    """FLOPs of all matrix products, those of attention among them (hence its plain kernel)."""
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = NoModules()
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        operation()
-    return counter.get_total_flops()
 
 
 def measure(config: Config, num_tasks: int, task: int, repeats: int) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
+from learners.speed import count_flops
 from tests import benchmark, benchmark_growth, benchmark_step
 from tests.benchmark_savings import PLAIN, SAVINGS, WHOLE, without
-from tests.benchmark_step import build, count_flops, make_operations, step_config
+from tests.benchmark_step import build, make_operations, step_config
 
 SMALL = "--t_model mini_vit_base --s_model mini_vit_small --batch_size 2 --gpuid -1 --prompt_param 20 8 0".split()
 SMALL += ["--kd_prompt_param", "4", "6"]

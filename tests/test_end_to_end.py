@@ -46,6 +46,15 @@ def test_every_learner_and_method(pool, kd_method, config, tmp_path):
     summary = [f"Acc | mean: {student['final_average_accuracy']:.2f}", f"Forgetting: {student['forgetting']:.2f}"]
     assert log[-3:] == ["===Summary of student experiment===", *summary]
 
+    timing = json.loads((folder / "Results/timing.json").read_text())
+    assert list(timing["speed"]) == [*roles.values(), "evaluation"]
+    for phase, speed in timing["speed"].items():
+        tflop = speed["gflop_per_image"] * speed["images_per_second"] / 1000
+        assert speed["tflop_per_second"] == pytest.approx(tflop)
+        assert speed["share_of_product"] == pytest.approx(tflop / timing["product_tflop_per_second"])
+        assert 0 < speed["waited_for_data"] < speed["seconds"] <= timing["total_seconds"]
+        assert any(f"Speed of {phase}: {speed['images_per_second']:.1f} images/s" in line for line in log[-25:])
+
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process(config, tmp_path):
     """All of it with pictures, by the command line as a user types it, and once more in this process."""

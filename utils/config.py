@@ -218,7 +218,9 @@ class DataConfig:
         (0.08, 1.0), RANGE, DATA, "share of the image's area that a random crop covers", paper="0.08 1.0"
     )
     batch_size: int = option(64, whole(1), TRAINING, "images per step, on all devices", paper="64; 32 with ViT-Large")
-    workers: int = neutral(4, whole(0), DATA, "processes that load data; 0 loads in the main one")
+    workers: int | None = neutral(
+        None, whole(0), DATA, "processes that load data, 0: the main one; default: by the cores with a GPU, 4 without"
+    )
 
 
 @dataclass(frozen=True)

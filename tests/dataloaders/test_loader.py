@@ -1,6 +1,8 @@
 """Batches: what they hold, that no number of workers or processes changes them, and how loading ends."""
 
+import itertools
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -13,9 +15,10 @@ from torchvision import transforms as v1
 
 from dataloaders.base import BadImageError, DataError
 from dataloaders.build import build_stream
-from dataloaders.loader import BatchRequest, StreamDataset
+from dataloaders.loader import BatchRequest, DataPipeline, StreamDataset
 from tests.dataloaders.conftest import array_stream, class_folders, config, picture, pipeline
 from tests.processes import ROOT
+from utils.parallel import Parallel
 from utils.seed import derive_seed
 
 
@@ -63,12 +66,40 @@ def test_the_same_workers_serve_all_passes_and_change_nothing(stream):
         left = data.train(1, "teacher", 0)
         next(left)
         assert same(alone.train(task, role, epoch), data.train(task, role, epoch))
-        assert same(alone.test(task), data.test(task))
+        tests = [batch for each in (task, 0, 1) for batch in alone.test(each)]
+        assert same(tests, data.test(task, 0, 1)) and len(tests) == sum(map(data.test_steps, (task, 0, 1)))
         with pytest.raises(RuntimeError, match="new pass"):
             next(left)
     assert {child.pid for child in multiprocessing.active_children()} == workers
     assert torch.equal(torch.get_rng_state(), state)
     data.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_begins_while_the_one_before_is_used(stream, workers, monkeypatch):
+    begun, real = [], DataPipeline._train_requests
+    monkeypatch.setattr(DataPipeline, "_train_requests", lambda *inputs: begun.append(inputs[3]) or real(*inputs))
+    data, steps = pipeline(stream, workers=workers), pipeline(stream).steps_per_epoch(0)
+    batches = data.train(0, "teacher", 2, until=5, first_step=1)
+    got = list(itertools.islice(batches, steps - 1))
+    assert (3 in begun) == (workers > 0)
+    got += batches
+    assert data.waited > 0
+    alone = pipeline(stream)
+    parts = [alone.train(0, "teacher", 2, first_step=1), alone.train(0, "teacher", 3), alone.train(0, "teacher", 4)]
+    assert same(got, [batch for part in parts for batch in part])
+    data.close()
+
+
+def test_default_number_of_workers(monkeypatch):
+    """By the cores that this process has for itself when there is a GPU to feed."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    for device, group, workers in [("cpu", "1", 4), ("cuda", "1", 7), ("cuda", "4", 1), ("cuda", "16", 1)]:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", group)
+        where = Parallel(torch.device(device))
+        data = DataPipeline(array_stream(), config(workers=None), seed=0, parallel=where)
+        assert data._loader.num_workers == workers
+    assert pipeline(array_stream(), workers=0)._loader.num_workers == 0
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
