@@ -64,6 +64,5 @@ class TeacherCache:
 
     def _changes(self, theirs: Mapping[str, Any]) -> str:
         """Settings that differ between the two runs and that a teacher depends on."""
-        own = self.config.result_settings()
-        differing = [key for key in own if key not in _IRRELEVANT and theirs.get(key) != own[key]]
-        return ", ".join(f"{key} {theirs.get(key)} there, {own[key]} here" for key in differing)
+        changes = {key: values for key, values in self.config.changes(theirs).items() if key not in _IRRELEVANT}
+        return ", ".join(f"{key} {there} there, {here} here" for key, (there, here) in changes.items())

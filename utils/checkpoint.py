@@ -214,8 +214,7 @@ def differing_settings(config: Config) -> dict[str, tuple[object, object]]:
     folder = RunFolder(config.log_dir)
     if not folder.has_run:
         return {}
-    before, now = folder.settings(), config.result_settings()
-    changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
+    changed = config.changes(folder.settings())
     weights = folder.read_json(CLASSES).get("backbone_sha256", {})
     files = {"t_weights": ("teacher", config.teacher_weights), "s_weights": ("student", config.student_weights)}
     for key, (role, path) in files.items():

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -361,6 +361,14 @@ class Config:
         """The part of :meth:`to_yaml_dict` that decides the results: no folders, devices or logging."""
         settings = self.to_yaml_dict()
         return {key: settings[key] for key, each in OPTIONS.items() if each.affects_results}
+
+    def changes(self, theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Settings that affect results and differ: key -> (another run's value, this one's).
+
+        ``theirs`` may be an older run's: a key that it lacks counts as its default.
+        """
+        own, theirs = self.result_settings(), make_config({}).result_settings() | theirs
+        return {key: (theirs[key], own[key]) for key in own if theirs[key] != own[key]}
 
     def settings_hash(self) -> str:
         """A hash of :meth:`result_settings`."""

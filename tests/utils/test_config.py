@@ -106,6 +106,13 @@ def test_the_hash_follows_the_settings_that_affect_results():
         assert make_config(change).settings_hash() != base.settings_hash()
 
 
+def test_a_key_that_an_older_run_lacks_counts_as_its_default():
+    config = make_config({"kd_alpha": 0.9, "lr": 0.5})
+    older = config.result_settings() | {"lr": 0.1}
+    del older["kd_alpha"], older["precision"]
+    assert config.changes(older) == {"kd_alpha": (0.5, 0.9), "lr": (0.1, 0.5)}
+
+
 def test_keys_without_effect_are_listed(config_file):
     keys = {"debug_mode": 1, "rand_split": True, "model_type": "zoo", "model_name": "vit"}
     assert load("--config", config_file(**keys)).without_effect == tuple(keys)

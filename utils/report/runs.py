@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.config import make_config
 from utils.logging import duration
 from utils.metrics import FORMAT, AccuracyMatrix
 
@@ -101,7 +102,8 @@ def read_run(folder: Path) -> Run:
 
 
 def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
-    settings, data, num_tasks = metrics["settings"], metrics["data"], int(metrics["num_tasks"])
+    settings = make_config({}).result_settings() | metrics["settings"]  # an older run lacks newer keys
+    data, num_tasks = metrics["data"], int(metrics["num_tasks"])
     names = [str(metrics[key]) for key in ("dataset", "t_model", "s_model", "learner_name")]
     names = [name.removesuffix(".augreg_in21k_ft_in1k") for name in names]  # means the same weights
     others = {key: value for key, value in settings.items() if key not in _NOT_IN_SETTINGS}
