@@ -120,7 +120,7 @@ def build_learner(
     widths, depths = (student.embed_dim, teacher.embed_dim), (student.depth, teacher.depth)
     dims = DistillDims(*widths, *depths, num_classes, models["student"].prompt.make_head)
     with seeded(config.seed, "init", "distiller", config.distill.method):
-        distiller = entry.load()(config.distill, dims)
+        distiller = entry.build(config.distill, dims)
     if config.compile:
         part = config.data.batch_size // parallel.world_size // config.accumulate
         compiled = BlockCompiler((part, EVAL_BATCH_SIZE))

@@ -26,7 +26,7 @@ _TABLES = {"learner_name": PROMPTS, "KD_method": DISTILLERS, "dataset": DATASETS
 
 
 def load_checked_config(argv: Sequence[str]) -> Config:
-    """The configuration of a command line, with ``prompt_param`` filled in, ready to run.
+    """The configuration of a command line, with the parameters of pool and KD method filled in, ready to run.
 
     Raises:
         ConfigError: with every problem of the flags, the file and their combination.
@@ -45,7 +45,8 @@ def load_checked_config(argv: Sequence[str]) -> Config:
         _log.warning("%s: for its numbers use --aux_loss_scale %d", reason, gpus)
     if config.prompt_param is None:
         config = dataclasses.replace(config, prompt_param=PROMPTS[config.learner_name].paper)
-    return config
+    distill, _ = DISTILLERS[config.distill.method].complete(config.distill)
+    return dataclasses.replace(config, distill=distill)
 
 
 def check(config: Config, invalid: Collection[str] = ()) -> list[str]:
@@ -79,6 +80,10 @@ def check(config: Config, invalid: Collection[str] = ()) -> list[str]:
     if pool is not None and "prompt_param" not in invalid:
         _, wrong = pool.parse(config.prompt_param or pool.paper, num_tasks)
         problems += [f"--prompt_param of {config.learner_name}: {problem}" for problem in wrong]
+    method = DISTILLERS.get(config.distill.method)
+    if method is not None and "kd_param" not in invalid:
+        _, wrong = method.complete(config.distill)
+        problems += [f"--kd_param of {config.distill.method}: {problem}" for problem in wrong]
     return problems + _model_problems(config, invalid)
 
 
@@ -91,6 +96,10 @@ def print_help() -> None:
     for name in PROMPTS:
         values = ", ".join(f"{field.label} ({field.rule()})" for field in PROMPTS[name].fields)
         lines.append(f"  {name:<12}{values}; paper: {PROMPTS[name].paper_text()}")
+    lines += ["", "--kd_param:"]
+    for name, entry in DISTILLERS.items():
+        for field in entry.fields:
+            lines.append(f"  {name:<12}{field.name}: {field.help} ({field.type.allowed}; default: {field.default})")
     argument_parser("\n".join(lines), for_help=True).print_help()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -57,6 +58,7 @@ def trained_student(config: Config) -> tuple[StudentClassifier, dict[str, Any]]:
         "KD_method": config.distill.method,
         "kd_prompt_param": list(config.distill.prompt_param),
         "kd_alpha": config.distill.alpha,
+        "kd_param": dict(config.distill.param),
         **{key: info[key] for key in ("num_classes", "num_tasks", "image_size", "test_crop")},
         "task": task,
         "classes_seen": seen,
@@ -84,6 +86,7 @@ def trained_student(config: Config) -> tuple[StudentClassifier, dict[str, Any]]:
 def build_student(metadata: dict[str, Any], vit: PromptedViT) -> StudentClassifier:
     """A student of the right sizes on its backbone, not yet with its trained parts."""
     distill = DistillConfig(metadata["KD_method"], tuple(metadata["kd_prompt_param"]), metadata["kd_alpha"])
+    distill = dataclasses.replace(distill, param=metadata["kd_param"])
     prompts = {"learner_name": metadata["learner_name"], "prompt_param": tuple(metadata["prompt_param"])}
     # Evaluation does not use the teacher, so any backbone will do for it.
     vits, device = {"teacher": vit, "student": vit}, Parallel(torch.device("cpu"))

@@ -80,6 +80,7 @@ def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
         "format": FORMAT,
         "complete": done == run.num_tasks,
         **{key: settings[key] for key in ("dataset", "learner_name", "KD_method", "t_model", "s_model")},
+        "kd_param": {name: settings["kd_param"][name] for name in config.distill.changed_param},
         "seed": config.seed,
         "settings": settings,
         "settings_hash": config.settings_hash(),

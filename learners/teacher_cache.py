@@ -13,7 +13,7 @@ from utils.checkpoint import CLASSES, METRICS, RunFolder, RunFolderError, from_b
 from utils.config import Config, ConfigError
 
 # Settings of the student's training alone, where to stop, and paths of files whose contents are compared instead.
-_IRRELEVANT = ("KD_method", "kd_alpha", "Soft_T", "kd_prompt_param", "max_task", "t_weights", "s_weights")
+_IRRELEVANT = ("KD_method", "kd_alpha", "Soft_T", "kd_prompt_param", "kd_param", "max_task", "t_weights", "s_weights")
 
 _log = logging.getLogger(__name__)
 

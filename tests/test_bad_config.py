@@ -88,6 +88,11 @@ BAD = [
     ("--KD_method ReviewKD --t_model mini_vit_small --s_model mini_vit_base", "--t_model", "blocks", "6"),
     ("--t_model vit_base_patch16_224", "--t_model", "--s_model", "224 px", "64 px"),
     ("--KD_method FitNets --t_model vit_base_patch32_224 --s_model vit_small_patch16_224", "50", "197", "tokens"),
+    ("--KD_method DKD --kd_param betta=8", "--kd_param of DKD", "no betta (did you mean beta?)", "alpha, beta, temp"),
+    ("--KD_method DKD --kd_param beta=8 alpha=x", "--kd_param of DKD: alpha must be a number of at least 0", "'x'"),
+    ("--KD_method KD --kd_param beta=8", "--kd_param of KD", "no parameters, so leave beta out"),
+    ("--KD_method DKD --kd_param 8", "--kd_param must be name=value"),
+    ({"KD_method": "DKD", "kd_param": {"beta": [8]}}, "--kd_param of DKD: beta must be"),
     # devices
     ("--gpuid 0", "--gpuid 0", "--gpuid -1"),
     ("--gpuid -2", "--gpuid", "-1 or"),

@@ -43,6 +43,7 @@ class Type(NamedTuple):
     many: bool = False  # a list of values rather than exactly one
     holds: Callable[[tuple], bool] = bool  # whether a list is allowed, given that each of its values is
     alone: Any = None  # value of a flag without a value; None if it needs one
+    collect: Callable[[tuple], Any] = tuple  # turns a list of values into the option's value
 
     def read(self, words: Sequence[object]) -> Any:
         """The option's value (raises ValueError, whose message continues a sentence that starts with the option)."""
@@ -57,7 +58,7 @@ class Type(NamedTuple):
             guess = nearest(str(wrong[0]), self.allowed.split(" | ")) if " | " in self.allowed else None
             hint = f"; did you mean {guess}?" if guess else ""
             raise ValueError(f"must be {self.allowed}, not {' '.join(map(_show, wrong[:4]))}{hint}")
-        return values if self.many else values[0]
+        return self.collect(values) if self.many else values[0]
 
 
 def _show(value: object) -> str:
@@ -136,6 +137,23 @@ PAIR = many(whole(1), TWO, lambda values: len(values) == 2)
 RANGE = many(SHARE, TWO + ", the smaller first", lambda values: len(values) == 2 and values[0] <= values[1])
 
 
+def _assignment(item: object) -> dict[str, Any] | None:
+    """The mapping of a YAML file, or ``name=value`` of a command line as one."""
+    if isinstance(item, dict):
+        return item if all(isinstance(name, str) and name.isidentifier() for name in item) else None
+    name, _, value = item.partition("=") if isinstance(item, str) else ("", "", "")
+    return {name: value} if name.isidentifier() else None
+
+
+PARAMETERS = Type(
+    "name=value, one or more (in YAML a mapping)",
+    "NAME=VALUE",
+    _assignment,
+    many=True,
+    collect=lambda parts: {name: value for part in parts for name, value in part.items()},
+)
+
+
 class Option(NamedTuple):
     """One setting."""
 
@@ -193,6 +211,15 @@ class DistillConfig:
         0.5, FRACTION, METHOD, "weight of distillation; cross-entropy gets the rest", key="kd_alpha", paper="0.5"
     )
     temperature: float = option(2.0, TEMPERATURE, METHOD, "temperature of the softened logits", key="Soft_T", paper="2")
+    param: Mapping[str, Any] | None = option(
+        None, PARAMETERS, METHOD, "parameters of the KD method's own; default: those below", key="kd_param"
+    )
+    param_defaults: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of all parameters of the method
+
+    @property
+    def changed_param(self) -> dict[str, Any]:
+        """The parameters of the KD method that differ from their defaults."""
+        return {name: x for name, x in (self.param or {}).items() if x != self.param_defaults.get(name)}
 
 
 @dataclass(frozen=True)
@@ -368,6 +395,7 @@ class Config:
         ``theirs`` may be an older run's: a key that it lacks counts as its default.
         """
         own, theirs = self.result_settings(), make_config({}).result_settings() | theirs
+        theirs["kd_param"] = _plain(self.distill.param_defaults | (theirs["kd_param"] or {}))
         return {key: (theirs[key], own[key]) for key in own if theirs[key] != own[key]}
 
     def settings_hash(self) -> str:
@@ -384,6 +412,8 @@ def _plain(value: Any) -> Any:
     """A setting as YAML and JSON write it."""
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, Path):
         return str(value)
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
@@ -393,8 +423,7 @@ def _options_of(cls: type, section: str = "") -> Iterator[Option]:
     for each in dataclasses.fields(cls):
         if dataclasses.is_dataclass(each.default):
             yield from _options_of(type(each.default), each.name)
-        else:
-            found = each.metadata["option"]
+        elif found := each.metadata.get("option"):
             yield found._replace(section=section, name=each.name, key=found.key or each.name)
 
 

@@ -5,12 +5,14 @@ A new method is one line here and one file beside this one. Reading the table im
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from models.sizes import ViTSize
-from utils.registry import Entry, Registry
+from utils.config import NOT_NEGATIVE, TEMPERATURE, DistillConfig, Type
+from utils.registry import Entry, Registry, nearest
 
 
 class ModelPair(NamedTuple):
@@ -53,6 +55,18 @@ def kd_prompt_fits(pair: ModelPair) -> str | None:
     return None
 
 
+class Param(NamedTuple):
+    """A parameter of a KD method, ``--kd_param name=value``; the method reads ``self.param[name]``.
+
+    The default is the paper's value, and ``help`` says in a few words what it does.
+    """
+
+    name: str
+    default: Any
+    type: Type
+    help: str
+
+
 @dataclass(frozen=True)
 class DistillerEntry(Entry):
     """One line of the DISTILLERS table.
@@ -60,10 +74,37 @@ class DistillerEntry(Entry):
     Attributes:
         requires: what must hold of the models and of ``--kd_prompt_param``; each returns a sentence if it does not.
         needs_teacher: False for a method that trains the student alone.
+        fields: the method's own parameters.
     """
 
     requires: tuple[Callable[[ModelPair], str | None], ...] = ()
     needs_teacher: bool = True
+    fields: tuple[Param, ...] = ()
+
+    def complete(self, config: DistillConfig) -> tuple[DistillConfig, list[str]]:
+        """``config`` with a value for each parameter of the method, and a sentence for each one that is not allowed."""
+        given, names = config.param or {}, [field.name for field in self.fields]
+        problems = [self._unknown(name, names) for name in given if name not in names]
+        defaults = {field.name: field.type.read([field.default]) for field in self.fields}
+        param = dict(defaults)
+        for field in self.fields:
+            try:
+                param[field.name] = field.type.read([given.get(field.name, field.default)])
+            except ValueError as error:
+                problems.append(f"{field.name} {error}")
+        return dataclasses.replace(config, param=param, param_defaults=defaults), problems
+
+    @staticmethod
+    def _unknown(name: str, names: list[str]) -> str:
+        if not names:
+            return f"the method has no parameters, so leave {name} out"
+        guess = nearest(name, names)
+        hint = f" (did you mean {guess}?)" if guess else ""
+        return f"there is no {name}{hint}, only {', '.join(names)}"
+
+    def build(self, config: DistillConfig, *arguments: Any) -> Any:
+        """The method's object, with all its parameters."""
+        return self.load()(self.complete(config)[0], *arguments)
 
 
 DISTILLERS: Registry[DistillerEntry] = Registry(
@@ -76,17 +117,25 @@ DISTILLERS: Registry[DistillerEntry] = Registry(
         ),
         "KD": DistillerEntry("learners.distillers.kd:KD", "softened logits of the teacher (Hinton et al. 2015)"),
         "DKD": DistillerEntry(
-            "learners.distillers.dkd:DKD", "decoupled target and non-target logits (Zhao et al. 2022)"
+            "learners.distillers.dkd:DKD",
+            "decoupled target and non-target logits (Zhao et al. 2022)",
+            fields=(
+                Param("alpha", 1, NOT_NEGATIVE, "weight of the target class"),
+                Param("beta", 4, NOT_NEGATIVE, "weight of the other classes"),
+                Param("temperature", 4, TEMPERATURE, "instead of --Soft_T"),
+            ),
         ),
         "FitNets": DistillerEntry(
             "learners.distillers.fitnets:FitNets",
             "KD and features of the last block (Romero et al. 2015)",
             requires=(equal_token_counts,),
+            fields=(Param("weight", 0.1, NOT_NEGATIVE, "weight of the feature loss"),),
         ),
         "ReviewKD": DistillerEntry(
             "learners.distillers.reviewkd:ReviewKD",
             "KD and fused features of all blocks (Chen et al. 2021)",
             requires=(equal_token_counts, teacher_at_least_as_deep),
+            fields=(Param("weight", 0.2, NOT_NEGATIVE, "weight of the feature loss"),),
         ),
         "none": DistillerEntry(
             "learners.distillers.none:NoDistillation", "the student alone, without a teacher", needs_teacher=False

@@ -35,6 +35,7 @@ class Distiller(nn.Module):
     :meth:`predict`. Parameters that it registers are trained with the student and saved with it.
 
     Attributes:
+        param: the method's own parameters, by the names in the table.
         needs_blocks: whether the method reads the outputs of both models' blocks.
         mean_over_images: whether each term is a mean over the images. False where images are compared with each
             other: a batch in parts, on several devices or by ``accumulate``, is then not the whole batch.
@@ -49,6 +50,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.alpha = config.alpha
         self.temperature = config.temperature
+        self.param = config.param
 
     @property
     def affects_answers(self) -> bool:

@@ -12,15 +12,16 @@ from models.prompted_model import ModelOutput
 
 
 class DKD(Distiller):
-    """``alpha * (1 * TCKD + 4 * NCKD)`` on the current task's columns, at temperature 4: --Soft_T does not apply."""
+    """``alpha * (1 * TCKD + 4 * NCKD)`` on the current task's columns, at a temperature of its own (4)."""
 
     def distill(self, student: ModelOutput, teacher: ModelOutput, targets: Tensor, classes: ClassRange) -> Tensor:
         active = slice(*classes)
-        return self.alpha * dkd_loss(student.logits[:, active], teacher.logits[:, active], targets - classes.start)
+        logits = student.logits[:, active], teacher.logits[:, active]
+        return self.alpha * dkd_loss(*logits, targets - classes.start, **self.param)
 
 
 def dkd_loss(
-    student: Tensor, teacher: Tensor, target: Tensor, *, alpha: float = 1.0, beta: float = 4.0, temperature: float = 4.0
+    student: Tensor, teacher: Tensor, target: Tensor, *, alpha: float, beta: float, temperature: float
 ) -> Tensor:
     """``alpha * TCKD + beta * NCKD`` (arXiv 2203.08679, eq. 7), each summed and divided by B.
 

@@ -11,11 +11,9 @@ from learners.distillers.base import DistillDims, Distiller, full_precision
 from models.prompted_model import ModelOutput
 from utils.config import DistillConfig
 
-FEATURE_WEIGHT = 0.1
-
 
 class FitNets(Distiller):
-    """KD, and 0.1 times the MSE between the projected and the teacher's last block's tokens, before the norm."""
+    """KD, and ``weight`` (0.1) times the MSE of the last blocks' tokens (before the norm), the student's projected."""
 
     needs_blocks = True
 
@@ -26,4 +24,4 @@ class FitNets(Distiller):
 
     def feature(self, student: ModelOutput, teacher: ModelOutput) -> Tensor:
         projected = self.project_t_s(student.blocks[-1])
-        return FEATURE_WEIGHT * F.mse_loss(full_precision(projected), full_precision(teacher.blocks[-1]))
+        return self.param["weight"] * F.mse_loss(full_precision(projected), full_precision(teacher.blocks[-1]))

@@ -10,8 +10,6 @@ from learners.distillers.base import DistillDims, Distiller, full_precision
 from models.prompted_model import ModelOutput
 from utils.config import DistillConfig
 
-FEATURE_WEIGHT = 0.2
-
 
 class Fusion(nn.Module):
     """Attention-based fusion of one block's tokens with those of the next deeper one (arXiv 2104.09044, fig. 3).
@@ -58,7 +56,7 @@ class FusionChain(nn.Module):
 
 
 class ReviewKD(Distiller):
-    """KD, and 0.2 times the mean over the student's blocks of the MSE to the teacher's last L_s blocks."""
+    """KD, and ``weight`` (0.2) times the mean over the student's blocks of the MSE to the teacher's last L_s blocks."""
 
     needs_blocks = True
 
@@ -70,4 +68,4 @@ class ReviewKD(Distiller):
         fused = self.ReviewKD_layers(student.blocks)
         pairs = zip(fused, teacher.blocks[-len(fused) :], strict=True)
         losses = [F.mse_loss(full_precision(f), full_precision(t)) for f, t in pairs]
-        return FEATURE_WEIGHT * torch.stack(losses).mean()
+        return self.param["weight"] * torch.stack(losses).mean()

@@ -89,6 +89,7 @@ def test_forms_of_values(config_file, monkeypatch):
 
 def test_written_settings_are_read_back(config_file, tmp_path):
     flags = "--gpuid 0 1 --prompt_param 10 20 6 --DW --lr 3e-4 --crop_scale 0.5 1 --t_weights w.pth --overwrite 1"
+    flags += " --kd_param beta=8 alpha=x"
     config = load("--config", config_file(), *flags.split())
     again = tmp_path / "args.yaml"
     again.write_text(yaml.safe_dump(config.to_yaml_dict()))
@@ -107,10 +108,15 @@ def test_the_hash_follows_the_settings_that_affect_results():
 
 
 def test_a_key_that_an_older_run_lacks_counts_as_its_default():
-    config = make_config({"kd_alpha": 0.9, "lr": 0.5})
-    older = config.result_settings() | {"lr": 0.1}
+    config = make_config({"kd_alpha": 0.9, "lr": 0.5, "kd_param": {"a": 1.0, "b": 4.0}})
+    defaults = dataclasses.replace(config.distill, param_defaults={"a": 1.0, "b": 2.0})
+    config = dataclasses.replace(config, distill=defaults)
+    older = config.result_settings() | {"lr": 0.1, "kd_param": {"b": 2}}
     del older["kd_alpha"], older["precision"]
-    assert config.changes(older) == {"kd_alpha": (0.5, 0.9), "lr": (0.1, 0.5)}
+    changes = {"kd_alpha": (0.5, 0.9), "lr": (0.1, 0.5), "kd_param": ({"a": 1, "b": 2}, {"a": 1, "b": 4})}
+    assert config.changes(older) == changes
+    del older["kd_param"]
+    assert config.changes(older) == changes
 
 
 def test_keys_without_effect_are_listed(config_file):

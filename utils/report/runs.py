@@ -14,7 +14,8 @@ from utils.metrics import FORMAT, AccuracyMatrix
 
 TOKEN_METHOD = "KD_Token"  # the KD method to which --kd_prompt_param applies
 NO_RUN = "holds no run: no Results/metrics.json in or below it"
-_NOT_IN_SETTINGS = {"dataset", "t_model", "s_model", "learner_name", "KD_method", "kd_prompt_param", "random_s"}
+_NOT_IN_SETTINGS = {"dataset", "t_model", "s_model", "learner_name", "KD_method", "kd_prompt_param", "kd_param"}
+_NOT_IN_SETTINGS |= {"random_s"}
 
 
 class Row(NamedTuple):
@@ -36,7 +37,7 @@ class Run:
 
     folder: str
     row: Row
-    column: str  # the KD method, KD_Token with its --kd_prompt_param
+    column: str  # the KD method with the parameters that are not the default, KD_Token with its --kd_prompt_param
     settings: str  # JSON of all else that affects results, except the seed
     seed: int
     num_tasks: int
@@ -109,6 +110,8 @@ def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
     others = {key: value for key, value in settings.items() if key not in _NOT_IN_SETTINGS}
     others |= {key: str(value)[:12] for key, value in data.items()} | {"tasks": num_tasks}
     method = str(metrics["KD_method"])
+    parameters = list(map(str, settings["kd_prompt_param"])) if method == TOKEN_METHOD else []
+    parameters += [f"{name}={value}" for name, value in metrics.get("kd_param", {}).items()]
     roles = ("student",) if metrics["teacher"] is None else ("teacher", "student")
     papers_stream = num_tasks == 10 and settings["class_order"] == "natural" and not settings["upper_bound_flag"]
     papers_test_set = not settings["validation"] and (names[0] != "ImageNet_R" or data["split"] != "seeded")
@@ -116,7 +119,7 @@ def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
         folder=str(folder),
         row=Row(*names),
         settings=json.dumps(others, sort_keys=True),
-        column=" ".join([method, *map(str, settings["kd_prompt_param"])]) if method == TOKEN_METHOD else method,
+        column=" ".join([method, *parameters]),
         seed=int(metrics["seed"]),
         num_tasks=num_tasks,
         models={role: AccuracyMatrix(metrics[role]["accuracy_matrix"]).to_dict() for role in roles},

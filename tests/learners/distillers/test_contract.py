@@ -26,7 +26,7 @@ def build(name: str, *, alpha: float = 0.5, depths: tuple[int, int] = (3, 3)) ->
     """A method for models of width 12 and 8 and these depths, teacher first."""
     torch.manual_seed(0)
     dims = DistillDims(8, 12, depths[1], depths[0], CLASSES)
-    return DISTILLERS[name].load()(DistillConfig(name, (depths[1], 4), alpha), dims)
+    return DISTILLERS[name].build(DistillConfig(name, (depths[1], 4), alpha), dims)
 
 
 def output(dim: int, depth: int, seed: int) -> ModelOutput:

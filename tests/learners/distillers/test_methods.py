@@ -1,15 +1,16 @@
 """The KD methods by hand; test_contract.py has what they share, tests/test_golden.py the authors' values."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from dataloaders.tasks import ClassRange
+from learners.distillers import DISTILLERS
 from learners.distillers.base import DistillDims
-from learners.distillers.dkd import DKD, dkd_loss
-from learners.distillers.fitnets import FitNets
+from learners.distillers.dkd import dkd_loss
 from learners.distillers.kd_token import KDToken
 from learners.distillers.none import NoDistillation
-from learners.distillers.reviewkd import ReviewKD
 from models.prompted_model import ModelOutput
 from utils.config import DistillConfig
 
@@ -61,13 +62,13 @@ def test_dkd_stays_finite_where_a_probability_vanishes_or_is_the_only_one(logits
 
 def test_dkd_has_a_temperature_of_its_own():
     student, teacher, targets = output(), output(6, 3), torch.tensor([0, 1, 2])
-    one, two = (DKD(settings(temperature=temperature), DIMS) for temperature in (1.0, 2.0))
+    one, two = (DISTILLERS["DKD"].build(settings(temperature=temperature), DIMS) for temperature in (1.0, 2.0))
     assert one(student, teacher, targets, ALL)["distill"] == two(student, teacher, targets, ALL)["distill"]
 
 
 def test_fitnets_by_hand():
     """A projection to 0.5 everywhere, a teacher of 1.5: MSE 1, weight 0.1, tokens and channels averaged."""
-    distiller = FitNets(settings(), DIMS)
+    distiller = DISTILLERS["FitNets"].build(settings(), DIMS)
     with torch.no_grad():
         distiller.project_t_s.proj.weight.zero_()
         distiller.project_t_s.proj.bias.fill_(0.5)
@@ -77,9 +78,22 @@ def test_fitnets_by_hand():
     torch.testing.assert_close(terms["feature"], torch.tensor(0.1))
 
 
+def test_parameters_of_a_method_are_its_own():
+    """A weight of 0.3 instead of 0.1, as the mapping of a YAML file and as a word of the command line."""
+    torch.manual_seed(0)
+    config, teacher, student = settings(), output(6, 3), output()
+    losses = []
+    for param in ({"weight": 0.1}, {"weight": 0.3}, {"weight": "0.3"}):
+        torch.manual_seed(0)
+        distiller = DISTILLERS["FitNets"].build(dataclasses.replace(config, param=param), DIMS)
+        losses.append(distiller(student, teacher, torch.tensor([0, 1, 2]), ALL)["feature"])
+    torch.testing.assert_close(losses[1], 3 * losses[0])
+    assert losses[1] == losses[2]
+
+
 def test_reviewkd_by_hand():
     """Features of 0.5 everywhere against a teacher of 1.5 and 2.5 in its last blocks: 0.2 * (1 + 4) / 2."""
-    distiller = ReviewKD(settings(), DIMS)
+    distiller = DISTILLERS["ReviewKD"].build(settings(), DIMS)
     with torch.no_grad():
         for fusion in distiller.ReviewKD_layers.abfs:
             fusion.proj2.weight.zero_()
