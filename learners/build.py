@@ -111,12 +111,11 @@ def build_learner(
     student, teacher = sizes["student"], sizes.get("teacher", sizes["student"])  # no teacher, no use of its sizes
     if problems := model_problems(config.distill, teacher, student):
         raise ConfigError(problems)
-    prompts, _ = pool.parse(config.prompt_param, num_tasks)
     models = {}
     for role, vit in vits.items():
         dims = PromptDims(student.embed_dim, vit.embed_dim, vit.depth, num_tasks)
         with seeded(config.seed, "init", role):
-            models[role] = PromptedModel(vit, pool.load()(dims=dims, **prompts), num_classes)
+            models[role] = PromptedModel(vit, pool.build(config, dims), num_classes)
     widths, depths = (student.embed_dim, teacher.embed_dim), (student.depth, teacher.depth)
     dims = DistillDims(*widths, *depths, num_classes, models["student"].prompt.make_head)
     with seeded(config.seed, "init", "distiller", config.distill.method):

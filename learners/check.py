@@ -78,7 +78,8 @@ def check(config: Config, invalid: Collection[str] = ()) -> list[str]:
         return problems
     pool = PROMPTS.get(config.learner_name)
     if pool is not None and "prompt_param" not in invalid:
-        _, wrong = pool.parse(config.prompt_param or pool.paper, num_tasks)
+        values = pool.paper if config.prompt_param is None else config.prompt_param
+        _, wrong = pool.parse(values, num_tasks)
         problems += [f"--prompt_param of {config.learner_name}: {problem}" for problem in wrong]
     method = DISTILLERS.get(config.distill.method)
     if method is not None and "kd_param" not in invalid:

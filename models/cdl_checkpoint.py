@@ -19,7 +19,8 @@ from utils.config import ConfigError
 _log = logging.getLogger(__name__)
 
 FILES = {"teacher": "T_class.pth", "student": "S_class.pth"}
-_MODEL = re.compile(r"(prompt|last)\.")  # trained parts of both models
+# The trained parts of both models; the original's APT also holds projections that it never uses.
+_MODEL = re.compile(r"(prompt\.(?![kv]_layer_proj)|last\.)")
 _KD = re.compile(r"(kd_last|kd_prompt|project_t_s|ReviewKD_layers)\.")  # those of the KD methods, in the student
 
 

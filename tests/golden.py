@@ -75,6 +75,7 @@ class GoldenCase:
                 tuple(s["schedule"]), s["schedule_type"], s["optimizer"], s["lr"], s["momentum"], s["weight_decay"]
             ),
             aux_loss_scale=s.get("aux_loss_scale", 1.0),
+            ema_coeff=s.get("ema_coeff", 0.5),
         )
         vits = {role: self._backbone(role) for role in ("teacher", "student")}
         num_classes = s["num_tasks"] * s["classes_per_task"]

@@ -130,7 +130,7 @@ NOT_NEGATIVE = real("a number of at least 0", lambda number: number >= 0)
 BELOW_ONE = real("a number of at least 0 and below 1", lambda number: 0 <= number < 1)
 SHARE = real("a number above 0 and of at most 1", lambda number: 0 < number <= 1)
 SEVERAL, TWO = "one number or more, each {}", "2 numbers, each {}"
-NUMBERS = many(real(), SEVERAL, bool)
+NUMBERS = many(real(), SEVERAL, bool)._replace(alone=())
 EPOCHS = many(whole(1), SEVERAL + ", increasing", lambda values: [*values] == sorted(set(values)))
 GPUS = many(whole(0, special=-1), SEVERAL + ", no two equal", lambda values: len(set(values)) == len(values))
 PAIR = many(whole(1), TWO, lambda values: len(values) == 2)
@@ -294,6 +294,7 @@ class Config:
     prompt_param: tuple[float, ...] | None = option(
         None, NUMBERS, METHOD, "parameters of the prompt pool; default: the paper's"
     )
+    ema_coeff: float = option(0.5, FRACTION, METHOD, "APT: weight of the prompts merged before", paper="0.7")
     distill: DistillConfig = DistillConfig()
     aux_loss_scale: float = option(
         1.0, NOT_NEGATIVE, METHOD, "factor of prompt and feature losses", paper="2, as its two GPUs added theirs"

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.prompts.fields import Count, Field, OneOf, Weight
+from models.prompts.fields import Count, Field, Number, OneOf
+from utils.config import BELOW_ONE, Config, real
 from utils.registry import Entry, Registry
 
 
@@ -20,10 +21,12 @@ class PromptEntry(Entry):
     Attributes:
         fields: the values of ``--prompt_param``, in order.
         paper: the values of the paper, used when ``--prompt_param`` is not given.
+        options: further options of :class:`utils.config.Config` that the pool's constructor takes.
     """
 
     fields: tuple[Field, ...] = ()
     paper: tuple[float, ...] = ()
+    options: tuple[str, ...] = ()
 
     def parse(self, values: Sequence[float], num_tasks: int | None) -> tuple[dict[str, Any], list[str]]:
         """Turn the values of ``--prompt_param`` into keywords of the pool's constructor.
@@ -43,6 +46,12 @@ class PromptEntry(Entry):
                 problems.append(str(error))
         return keywords, problems
 
+    def build(self, config: Config, dims: Any) -> Any:
+        """The pool of a configuration whose values are allowed; ``dims`` are :class:`models.prompts.base.PromptDims`."""
+        keywords, _ = self.parse(config.prompt_param, dims.num_tasks)
+        options = {name: getattr(config, name) for name in self.options}
+        return self.load()(dims=dims, **keywords, **options)
+
     def paper_text(self) -> str:
         """The paper's values as they are typed on the command line."""
         return " ".join(f"{value:g}" for value in self.paper)
@@ -53,7 +62,7 @@ _POOL = Count("pool", "pool size", per_task=True)
 _LENGTH = Count("length", "prompt length", 2, even=True)
 _E_LENGTH = Count("e_length", "expert prompt length", 2, even=True)
 _G_LENGTH = Count("g_length", "general prompt length", 2, even=True)
-_ORTHO = Weight("ortho_weight", "orthogonality weight")
+_ORTHO = Number("ortho_weight", "orthogonality weight", real("0 or more", lambda number: number >= 0))
 _DEPTH = OneOf("deep", "depth", {-1: False, 0: False, 1: True}, "-1 (shallow) or 1 (deep)")
 
 PROMPTS: Registry[PromptEntry] = Registry(
@@ -76,6 +85,13 @@ PROMPTS: Registry[PromptEntry] = Registry(
             "the five prompts of a shared pool whose keys match the query best",
             (Count("pool", "pool size", 5), _LENGTH, _DEPTH),
             (30, 20, -1),
+        ),
+        "APT": PromptEntry(
+            "models.prompts.apt:APT",
+            "two vectors per block, added to the class token's key and value; merged over the tasks",
+            (Number("dropout", "dropout (without effect)", BELOW_ONE),),
+            (0.01,),
+            ("ema_coeff",),
         ),
     },
 )

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from utils.config import Type
+
 
 @dataclass(frozen=True)
 class Field:
@@ -59,15 +61,17 @@ class Count(Field):
 
 
 @dataclass(frozen=True)
-class Weight(Field):
-    """The weight of a loss term."""
+class Number(Field):
+    """A number of a type of utils.config."""
+
+    type: Type
 
     def rule(self) -> str:
-        return "0 or more"
+        return self.type.allowed
 
     def parse(self, value: float, num_tasks: int | None) -> float:
-        if value < 0:
-            raise ValueError(f"{self.label} must be 0 or more, not {value:g}")
+        if self.type.parse(value) is None:
+            raise ValueError(f"{self.label} must be {self.rule()}, not {value:g}")
         return float(value)
 
 

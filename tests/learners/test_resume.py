@@ -20,6 +20,7 @@ PAIRS = {
     "CODAPrompt KD_Token": [],
     "DualPrompt ReviewKD": ["--prompt_param", 4, 4, 4, "--optimizer", "SGD"],
     "L2P none": ["--accumulate", 2],
+    "APT KD": ["--prompt_param", 0.01, "--ema_coeff", 0.7],
 }
 
 

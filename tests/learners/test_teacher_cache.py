@@ -60,6 +60,17 @@ def test_same_results_without_training_the_teacher(start, folders, expected, tmp
     assert "Task 1/2: teacher taken from" in caplog.text and "nan" not in caplog.text
 
 
+def test_a_student_learns_from_the_prompts_merged_before_its_task(config, tmp_path, trained):
+    """APT's teacher of a task holds them merged after it; the resumed run, too, merges once."""
+    apt = ("--learner_name", "APT", "--prompt_param", 0.01, "--KD_method")
+    teachers = runs.finish(config, tmp_path / "teachers", *apt, "KD")
+    expected = runs.results(runs.finish(config, tmp_path / "expected", *apt, "KD_Token"))
+    trained.clear()
+    folder = runs.finish(config, tmp_path / "run", *apt, "KD_Token", "--teacher_from", teachers)
+    assert trained == [(0, "student"), (1, "student")]
+    assert runs.results(folder) == expected
+
+
 @pytest.mark.parametrize("second", ["missing", "being written"])
 def test_teachers_that_are_damaged_or_not_there_yet(second, start, source, expected, tmp_path, trained, caplog):
     """A run writes the models of a task before the results that have their losses."""

@@ -11,6 +11,9 @@ FROZEN = {
     "feat.blocks.0.attn.qkv.weight": torch.rand(24, 8),
     "s_feat.cls_token": torch.rand(1, 1, 8),
     "query.norm.weight": torch.rand(8),
+    "prompt.k_layer_proj0.weight": torch.rand(2, 2),
+    "prompt.v_layer_proj11.bias": torch.rand(2),
+    "clf_norm.weight": torch.rand(8),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from models.prompts import PROMPTS
 from models.prompts.base import PromptDims, PromptPool
 from models.vit import LayerPrompt
+from utils.config import Config
 
 TASKS = 3
 BATCH = 4
@@ -19,11 +20,9 @@ NAME = re.compile(r"[eg]_[pka]_\d+")
 
 
 def build(name: str, depth: int = 12, width: int = 16) -> PromptPool:
-    entry = PROMPTS[name]
-    keywords, problems = entry.parse(SMALL.get(name, entry.paper), TASKS)
-    assert problems == []
     torch.manual_seed(0)
-    return entry.load()(dims=PromptDims(query_dim=12, embed_dim=width, depth=depth, num_tasks=TASKS), **keywords)
+    dims = PromptDims(query_dim=12, embed_dim=width, depth=depth, num_tasks=TASKS)
+    return PROMPTS[name].build(Config(prompt_param=SMALL.get(name, PROMPTS[name].paper)), dims)
 
 
 def query() -> torch.Tensor:
