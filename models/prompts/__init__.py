@@ -35,6 +35,8 @@ class PromptEntry(Entry):
             The keywords of the allowed values, and one sentence for each other value.
         """
         if len(values) != len(self.fields):
+            if not self.fields:
+                return {}, ["it has none, so leave the flag out"]
             labels = ", ".join(field.label for field in self.fields)
             given = f"{len(values)} given ({' '.join(f'{value:g}' for value in values)})"
             return {}, [f"{len(self.fields)} values are needed ({labels}; paper: {self.paper_text()}), {given}"]
@@ -93,5 +95,9 @@ PROMPTS: Registry[PromptEntry] = Registry(
             (0.01,),
             ("ema_coeff",),
         ),
+        "OnePrompt": PromptEntry(
+            "models.prompts.one_prompt:OnePrompt", "the same prompts for all images and tasks", (_LENGTH,), (8,)
+        ),
+        "NoPrompt": PromptEntry("models.prompts.no_prompt:NoPrompt", "no prompts, the head alone"),
     },
 )

@@ -1,0 +1,28 @@
+"""OnePrompt: one general prompt per block, the same for all images and tasks; what a pool has to beat."""
+
+from __future__ import annotations
+
+from models.prompts.base import PromptDims, PromptOutput, PromptPool, uniform_parameter
+from models.vit import LayerPrompt, split_prompt
+
+
+class OnePrompt(PromptPool):
+    """Prompts ``g_p_l`` [length, D] on blocks 0 to 4, without pool, keys and query.
+
+    Args:
+        length: prompt length, split evenly in keys and values.
+    """
+
+    needs_query = False
+
+    def __init__(self, *, length: int, dims: PromptDims) -> None:
+        super().__init__(dims)
+        self.layers = self.blocks(range(5))
+        for layer in self.layers:
+            self.register_parameter(f"g_p_{layer}", uniform_parameter(length, dims.embed_dim))
+
+    def forward(self, query: None) -> PromptOutput:
+        prompts = self.no_prompts()
+        for layer in self.layers:
+            prompts[layer] = LayerPrompt(prefix=split_prompt(getattr(self, f"g_p_{layer}")[None]))
+        return PromptOutput(prompts)
