@@ -49,7 +49,7 @@ class PromptEntry(Entry):
         return keywords, problems
 
     def build(self, config: Config, dims: Any) -> Any:
-        """The pool of a configuration whose values are allowed; ``dims`` are :class:`models.prompts.base.PromptDims`."""
+        """The pool of a configuration that was checked; ``dims`` are :class:`models.prompts.base.PromptDims`."""
         keywords, _ = self.parse(config.prompt_param, dims.num_tasks)
         options = {name: getattr(config, name) for name in self.options}
         return self.load()(dims=dims, **keywords, **options)
