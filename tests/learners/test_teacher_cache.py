@@ -91,10 +91,10 @@ def test_a_resume_may_take_teachers_or_train_them(stop_at, config, folders, expe
     """Stopped at an epoch of the second task with the flag and resumed without it, or the other way round."""
     real = Trainer._train_epoch
 
-    def train_epoch(self, training, here, meter):
+    def train_epoch(self, training, here, *more):
         if here[:3] == stop_at:
             raise runs.Killed
-        real(self, training, here, meter)
+        real(self, training, here, *more)
 
     flags = ("--teacher_from", folders / "KD")
     first, then = (flags, ()) if stop_at[1] == "student" else ((), flags)
