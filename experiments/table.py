@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from learners.check import load_checked_config
-from models.prompts import PROMPTS
 from utils.checkpoint import RunFolderError, check_settings, is_finished
 from utils.config import ConfigError
 from utils.report.table import METHODS
@@ -47,7 +46,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     split = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser("table.sh", usage="bash experiments/table.sh --help", allow_abbrev=False)
     parser.add_argument("dataset", choices=DATASETS)
-    parser.add_argument("--learners", nargs="+", default=[name for name in LEARNERS if name in PROMPTS])
+    parser.add_argument("--learners", nargs="+", default=[*LEARNERS])
     parser.add_argument("--kd", nargs="+")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
