@@ -141,6 +141,7 @@ class DataSource(ABC):
         progress: whether downloads show a progress bar.
 
     Attributes:
+        num_classes: None where the files decide it, see :meth:`count_classes`.
         class_names: names in label order.
         split: origin of the division into training and test images.
         test_crop: how test images reach the input size: ``stretch`` resizes both sides, ``center_crop``
@@ -152,6 +153,7 @@ class DataSource(ABC):
     """
 
     test_crop: ClassVar[TestCrop] = "center_crop"
+    num_classes: ClassVar[int | None] = None
     class_names: Sequence[str]
     split: SplitKind
 
@@ -175,13 +177,13 @@ class DataSource(ABC):
 
     @classmethod
     def missing(cls, config: DataConfig) -> list[str]:
-        """Problems that are known before any download, one sentence each; writes nothing."""
+        """Problems that are known before any download, one sentence each; writes nothing and imports no torch."""
         return []
 
     @classmethod
     def count_classes(cls, dataroot: Path) -> int | None:
-        """The number of classes where the files decide it; None if they are missing."""
-        return None
+        """The number of classes; None where the files decide it and are missing."""
+        return cls.num_classes
 
 
 def _file_size(path: str) -> int:

@@ -21,6 +21,7 @@ class CIFAR100(DataSource):
     """
 
     test_crop = "stretch"
+    num_classes = 100
     folder: ClassVar[str] = "cifar-100-python"
 
     def find(self) -> None:
@@ -55,4 +56,5 @@ class CIFAR100(DataSource):
 class CIFAR10(CIFAR100):
     """60,000 photographs of 32x32 pixels: 5,000 training and 1,000 test images of each of 10 classes."""
 
+    num_classes = 10
     folder = "cifar-10-batches-py"

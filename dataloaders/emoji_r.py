@@ -23,6 +23,7 @@ class EmojiR(DataSource):
     """
 
     test_crop = "stretch"
+    num_classes = 200
 
     def find(self) -> None:
         index = json.loads(INDEX.read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -77,26 +77,14 @@ def _labels(files: FileList) -> np.ndarray:
     return np.array([label for _, label in files], dtype=np.int64)
 
 
-def checked_path(path: str) -> str:
-    """A path ``<folder>/<class>/<file>`` from a list; ValueError if it is another, which might lead elsewhere."""
-    parts = path.split("/")
-    if len(parts) != 3 or {"", ".", ".."} & set(parts):
-        raise ValueError(f"unexpected path {path}")
-    return path
-
-
 class FileSource(DataSource):
     """A data set of image files below ``dataroot``.
 
     Attributes:
-        name, url, num_classes: of a published data set: its name on the command line, where to get it, its size.
         upright: whether images are turned as their EXIF orientation tells.
         train, test: the files, set by :meth:`find`.
     """
 
-    name: ClassVar[str]
-    url: ClassVar[str]
-    num_classes: ClassVar[int]
     upright: ClassVar[bool] = True
     train: FileList
     test: FileList
@@ -104,18 +92,3 @@ class FileSource(DataSource):
     def load(self, train: bool) -> tuple[FileStore, np.ndarray]:
         files = self.train if train else self.test
         return FileStore(self.root, [path for path, _ in files], self.upright), _labels(files)
-
-    def require_all_classes(self, labels: Iterable[int], where: object) -> None:
-        """Raise DataError unless the classes found in ``where`` are those of the data set."""
-        found = sorted(labels)
-        if found != list(range(self.num_classes)):
-            raise DataError(
-                f"dataset {self.name}: {len(found)} classes instead of {self.num_classes} in {where}; get {self.url} "
-                "again, or use --dataset ImageFolder for images of your own"
-            )
-
-    def names_from_paths(self, where: object) -> list[str]:
-        """Class names in label order: the names of the folders of the images, as listed in ``where``."""
-        names = {label: path.split("/")[-2] for path, label in reversed(self.train + self.test)}
-        self.require_all_classes(names, where)
-        return [names[label] for label in range(self.num_classes)]

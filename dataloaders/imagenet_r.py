@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
 from dataloaders.base import DataError
 from dataloaders.download import Checksum, fetch, mirrored
-from dataloaders.folders import FileList, checked_path
-from dataloaders.imagenet_a import WordNetFolders
+from dataloaders.folders import FileList, FileSource, list_classes, split_by_class, subfolders
+from utils.config import DataConfig
 
 _log = logging.getLogger(__name__)
 
+FOLDER = "imagenet-r"  # in dataroot
+URL = "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar"
 SPLITS_DIR = Path(__file__).parent / "splits"
 SPLITS_URL = "https://raw.githubusercontent.com/GT-RIPL/CODA-Prompt/main/dataloaders/splits/"
 TRAIN_FILE, TEST_FILE = "imagenet-r_train.yaml", "imagenet-r_test.yaml"
@@ -26,18 +29,15 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
-class ImageNetR(WordNetFolders):
-    """30,000 renditions (art, cartoons, toys ...) of 200 ImageNet classes.
+class ImageNetR(FileSource):
+    """30,000 renditions (art, cartoons, toys ...) of 200 ImageNet classes in ``dataroot/imagenet-r/<wnid>``.
 
     The authors' two split files also fix the class numbers, a shuffle of the wnids, and so which classes form which
     task. They are taken from ``dataloaders/splits``, else from ``dataroot``, else downloaded into it. If none of that
     works, a split is drawn with the seed, and kept in log_dir for resumes.
     """
 
-    name = "ImageNet_R"
-    url = "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar"
-    folder = "imagenet-r"
-    example = "n01443537"
+    num_classes = 200
     upright = False  # as in the original
 
     def find(self) -> None:
@@ -47,7 +47,7 @@ class ImageNetR(WordNetFolders):
             for file in kept:
                 if not file.is_file() or file.read_bytes() != self.drawn_split[file.name]:
                     raise DataError(
-                        f"{file} is not the split that the seed draws from {self.root / self.folder}: restore the "
+                        f"{file} is not the split that the seed draws from {self.root / FOLDER}: restore the "
                         "file or the images as they were when the run started, or start in a new log_dir"
                     )
             _log.warning("the split of ImageNet-R is not the paper's but that drawn before, in %s", self.resumed_dir)
@@ -65,7 +65,19 @@ class ImageNetR(WordNetFolders):
             return
         self.split = "authors"
         self.train, self.test = map(_read_split, files)
-        self.class_names = self.names_from_paths(f"{TRAIN_FILE} and {TEST_FILE}")
+        names = {label: path.split("/")[-2] for path, label in self.train + self.test}
+        self._require_all_classes(names, f"{TRAIN_FILE} and {TEST_FILE}")
+        self.class_names = [names[label] for label in range(self.num_classes)]
+
+    @classmethod
+    def missing(cls, config: DataConfig) -> list[str]:
+        folder = config.dataroot / FOLDER
+        if folder.is_dir():
+            return []
+        return [
+            f"dataset ImageNet_R: no folder {folder}; get {URL} and unpack it into dataroot, so that "
+            f"{folder / 'n01443537'} and 199 others like it exist"
+        ]
 
     def _split_file(self, name: str) -> Path:
         """Path of the authors' split file, which is downloaded if needed; DataError if that is not possible."""
@@ -78,18 +90,33 @@ class ImageNetR(WordNetFolders):
         return self.root / name
 
     def _draw(self) -> None:
-        """Split by the seed, and list the split as the authors' files do."""
-        super().find()
+        """Number classes by name, draw a fifth of each for testing, and list the split as the authors' files do."""
+        self.split = "seeded"
+        self.class_names = subfolders(self.root / FOLDER)
+        self._require_all_classes(range(len(self.class_names)), self.root / FOLDER)
+        self.train, self.test = split_by_class(list_classes(self.root, FOLDER, self.class_names), self.seed)
         for name, files in ((TRAIN_FILE, self.train), (TEST_FILE, self.test)):
             content = {"data": [f"data/{path}" for path, _ in files], "targets": [label for _, label in files]}
             self.drawn_split[name] = yaml.dump(content, Dumper=_Dumper).encode()
+
+    def _require_all_classes(self, labels: Iterable[int], where: object) -> None:
+        """Raise DataError unless the labels found in ``where`` are those of the data set."""
+        found = sorted(labels)
+        if found != list(range(self.num_classes)):
+            raise DataError(
+                f"dataset ImageNet_R: {len(found)} classes instead of {self.num_classes} in {where}; get {URL} again, "
+                "or use --dataset ImageFolder for images of your own"
+            )
 
 
 def _read_split(file: Path) -> FileList:
     """Read ``data``, a list of ``data/imagenet-r/<wnid>/<file>``, and ``targets``; DataError for a damaged file."""
     try:
         content = yaml.load(file.read_bytes(), Loader=_Loader)
-        paths = [checked_path(path.removeprefix("data/")) for path in content["data"]]  # "data" is dataroot
+        paths = [path.removeprefix("data/") for path in content["data"]]  # "data" is dataroot
+        for path in paths:
+            if len(parts := path.split("/")) != 3 or {"", ".", ".."} & set(parts):
+                raise ValueError(f"unexpected path {path}")  # it might lead elsewhere
         if strange := [label for label in content["targets"] if type(label) is not int]:
             raise ValueError(f"the label {strange[0]} is no whole number")
         return list(zip(paths, content["targets"], strict=True))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from dataloaders import DATASETS
 from dataloaders.base import DataError, DataSource, ImageSubset, random_state, seeded_split
 from utils.config import DataConfig
 
@@ -153,6 +155,20 @@ class TaskStream:
     def _parts(self) -> list[ImageSubset]:
         """The training and the test images; only one of them where they share their store."""
         return list({id(part.store): part for part in (self.train_images, self.test_images)}.values())
+
+
+def build_stream(
+    config: DataConfig, *, seed: int, image_size: int, resumed_dir: Path | None = None, progress: bool = True
+) -> TaskStream:
+    """Find or download the data set and split it into tasks of images of ``image_size`` pixels.
+
+    The other arguments are those of :class:`dataloaders.base.DataSource`.
+
+    Raises:
+        DataError: files are missing or not what they should be.
+    """
+    source = DATASETS[config.dataset].load()(config, seed=seed, resumed_dir=resumed_dir, progress=progress)
+    return TaskStream(source, config, seed=seed, image_size=image_size)
 
 
 def balanced_counts(available: np.ndarray, rank: np.ndarray, total: int) -> np.ndarray:

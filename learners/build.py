@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException  # no public name tells a compiler's error from the block's own
 
-from dataloaders.build import build_stream
 from dataloaders.loader import EVAL_BATCH_SIZE, DataPipeline
-from dataloaders.tasks import TaskStream
+from dataloaders.tasks import TaskStream, build_stream
 from learners.check import cuda_devices, model_problems
 from learners.distillers import DISTILLERS
 from learners.distillers.base import DistillDims

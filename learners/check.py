@@ -129,9 +129,9 @@ def _data_problems(config: Config, invalid: Collection[str]) -> tuple[int | None
     data = config.data
     if data.dataset not in DATASETS:
         return None, []
-    entry = DATASETS[data.dataset]
-    problems = entry.missing(data) if config.action in ("train", "eval_only", "check_data") else []
-    num_classes = entry.count_classes(data.dataroot)
+    source = DATASETS[data.dataset].load()
+    problems = source.missing(data) if config.action in ("train", "eval_only", "check_data") else []
+    num_classes = source.count_classes(data.dataroot)
     sizes = {name: getattr(data, name) for name in ("first_split_size", "other_split_size")}
     if num_classes is None or None in sizes.values() or sizes.keys() & set(invalid):
         return None, problems

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dataloaders.base import DataError, read_image
-from dataloaders.build import build_stream
 from dataloaders.check import check_stream
+from dataloaders.tasks import build_stream
 from dataloaders.transforms import EvalTransform, to_planes, to_unit
 from learners.build import Run, build_run
 from learners.export import export, trained_student

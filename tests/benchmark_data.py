@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 from torchvision.datasets import ImageFolder
 
-from dataloaders.build import build_stream
 from dataloaders.loader import EVAL_BATCH_SIZE, DataPipeline
+from dataloaders.tasks import build_stream
 from utils.config import DataConfig
 from utils.logging import environment
 from utils.parallel import Parallel

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import run
-from dataloaders import DataEntry
+from dataloaders.emoji_r import EmojiR
 from learners import check
 from tests.processes import ROOT
 
@@ -182,7 +182,7 @@ def test_gpus_that_torch_cannot_use(tmp_path, capsys, monkeypatch):
 
 def test_a_folder_of_other_people(tmp_path, capsys, no_gpu, monkeypatch):
     error = PermissionError(13, "Permission denied", "/closed/data")
-    monkeypatch.setattr(DataEntry, "missing", Mock(side_effect=error))
+    monkeypatch.setattr(EmojiR, "missing", Mock(side_effect=error))
     code = run.main(command({}, tmp_path))
     assert_refused(["/closed/data: Permission denied"], code, capsys.readouterr().err, tmp_path)
 

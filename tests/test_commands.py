@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from dataloaders import DataEntry
+from dataloaders import DATASETS
 from learners import check
 from learners.distillers import DISTILLERS
 from models.prompts import PROMPTS
@@ -19,7 +19,8 @@ CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 def well_equipped(monkeypatch):
     """A machine with two GPUs, all data and all files, in the project's folder."""
     monkeypatch.setattr(check, "cuda_devices", lambda: 2)
-    monkeypatch.setattr(DataEntry, "missing", lambda entry, config: [])
+    for entry in DATASETS.values():
+        monkeypatch.setattr(entry.load(), "missing", lambda config: [])
     monkeypatch.setattr(check, "_path_problems", lambda config: [])
     monkeypatch.chdir(ROOT)
 

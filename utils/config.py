@@ -110,6 +110,11 @@ def path(allowed: str, *, many: bool = False) -> Type:
     return text(allowed, "PATH", lambda word: Path(os.path.expanduser(word)), many)
 
 
+def _url(word: str) -> str | None:
+    """An address that urllib opens."""
+    return word if word.startswith(("http://", "https://", "file://")) else None
+
+
 def choice(*names: str) -> Type:
     """One of a few names."""
     return Type(" | ".join(names), "NAME", lambda item: item if item in names else None)
@@ -228,7 +233,12 @@ class DataConfig:
 
     dataset: str | None = option(None, text("a data set"), DATA, "data set", paper="CIFAR100, ImageNet_R")
     dataroot: Path = neutral(Path("data"), path("a folder"), DATA, "folder of the data sets (not used by Emoji_R)")
-    data_url: str | None = neutral(None, text("a URL"), DATA, "URL to download the data set from; default: its own")
+    data_url: str | None = neutral(
+        None,
+        text("an http(s):// or file:// address", "URL", _url),
+        DATA,
+        "where to download the data set; default: its own",
+    )
     first_split_size: int | None = option(
         None, whole(1), DATA, "classes of the first task", paper="10 (CIFAR-100), 20 (ImageNet-R)"
     )

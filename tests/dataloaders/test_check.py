@@ -1,7 +1,7 @@
 """The check of a data set before a run."""
 
-from dataloaders.build import build_stream
 from dataloaders.check import check_stream
+from dataloaders.tasks import build_stream
 from tests.dataloaders.conftest import class_folders, config
 from tests.dataloaders.test_images import damaged_files
 

@@ -10,8 +10,8 @@ import pytest
 from torchvision import datasets
 
 from dataloaders.base import DataError
-from dataloaders.build import build_stream
 from dataloaders.cifar import CIFAR100
+from dataloaders.tasks import build_stream
 from tests.dataloaders.conftest import config
 from tests.dataloaders.server import serve
 

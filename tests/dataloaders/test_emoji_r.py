@@ -7,9 +7,9 @@ import json
 import numpy as np
 import torch
 
-from dataloaders.build import build_stream
 from dataloaders.check import check_stream
 from dataloaders.emoji_r import ARCHIVE, DATA_DIR, INDEX
+from dataloaders.tasks import build_stream
 from tests.dataloaders.conftest import config, pipeline
 
 IMAGES = json.loads(INDEX.read_text(encoding="utf-8"))["images"]

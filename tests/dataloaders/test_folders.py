@@ -1,13 +1,10 @@
-"""Data sets of class folders: ImageNet-A, DomainNet, and any folder."""
+"""Any folder of class folders."""
 
 import pytest
 
-from dataloaders import DATASETS
 from dataloaders.base import DataError
-from dataloaders.domainnet import DomainNet
 from dataloaders.folders import find_images
 from dataloaders.image_folder import ImageFolder
-from dataloaders.imagenet_a import ImageNetA
 from tests.dataloaders.conftest import class_folders, config, names
 
 
@@ -40,7 +37,7 @@ def test_image_folder(tmp_path, prefix):
         class_folders(root / "test", ["cat", "dog", "élan", "unknown"], 2, ".png")
     folder = source(ImageFolder, root)
     assert folder.class_names == ["cat", "dog", "élan"]
-    assert DATASETS["ImageFolder"].count_classes(root) == 3
+    assert ImageFolder.count_classes(root) == 3
     train, test = folder.load(True), folder.load(False)
     assert folder.split == ("folder" if prefix else "seeded")
     assert (len(names(train)), len(names(test))) == ((15, 6) if prefix else (12, 3))
@@ -60,33 +57,3 @@ def test_classes_txt_orders_and_chooses_and_is_checked(tmp_path):
         (tmp_path / "classes.txt").write_text(listed)
         with pytest.raises(DataError, match=problem):
             source(ImageFolder, tmp_path)
-
-
-def test_imagenet_a(tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageNetA, "num_classes", 2)
-    class_folders(tmp_path / "imagenet-a", ["n02", "n01"], 5)
-    folder = source(ImageNetA, tmp_path)
-    assert (folder.class_names, folder.split) == (["n01", "n02"], "seeded")
-
-
-@pytest.mark.parametrize("prefix", ["domainnet", ""])
-def test_domainnet(tmp_path, monkeypatch, caplog, prefix):
-    monkeypatch.setattr(DomainNet, "num_classes", 3)
-    for domain in ("clipart", "real"):
-        class_folders(tmp_path / prefix / domain, ["axe", "bat", "cat"], 5)
-    drawn = source(DomainNet, tmp_path)
-    assert (drawn.split, drawn.class_names) == ("seeded", ["axe", "bat", "cat"]) and "clipart_train" in caplog.text
-    assert sum("clipart" in name for name in names(drawn.load(False))) == 3 and len(names(drawn.load(True))) == 24
-
-    for domain in ("clipart", "real"):
-        for part, numbers in (("train", (0, 1, 2)), ("test", (3, 4))):
-            lines = [f"{domain}/{c}/{n}.jpg {i}\n" for i, c in enumerate(["cat", "bat", "axe"]) for n in numbers]
-            (tmp_path / prefix / f"{domain}_{part}.txt").write_text("".join(lines))
-    official = source(DomainNet, tmp_path)
-    assert (official.split, official.class_names) == ("official", ["cat", "bat", "axe"])
-    store, labels = official.load(True)
-    assert (len(labels), len(official.load(False)[1]), store.missing()) == (18, 12, [])
-    for line in ("real/../../x.jpg 0", "real/cat/x.jpg zero", "real/cat/x.jpg 3"):
-        (tmp_path / prefix / "real_test.txt").write_text(f"{line}\n")
-        with pytest.raises(DataError, match="real_test.txt, line 1: expected|4 classes instead of 3"):
-            source(DomainNet, tmp_path)

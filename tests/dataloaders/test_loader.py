@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 
 from dataloaders.base import BadImageError, DataError
-from dataloaders.build import build_stream
 from dataloaders.loader import BatchRequest, DataPipeline, StreamDataset
+from dataloaders.tasks import build_stream
 from tests.dataloaders.conftest import array_stream, class_folders, config, picture, pipeline
 from tests.processes import ROOT
 from utils.parallel import Parallel

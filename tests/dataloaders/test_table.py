@@ -11,11 +11,11 @@ from tests.dataloaders.conftest import config
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_entry_is_a_source_that_says_what_is_missing(name, tmp_path):
-    entry, source = DATASETS[name], DATASETS[name].load()
+    source = DATASETS[name].load()
     assert issubclass(source, DataSource) and source.__doc__
-    assert entry.count_classes(tmp_path) == entry.num_classes == getattr(source, "num_classes", entry.num_classes)
+    assert source.count_classes(tmp_path) == source.num_classes
     settings = config(dataset=name, dataroot=tmp_path)
-    problems = entry.missing(settings)
+    problems = source.missing(settings)
     assert len(problems) == int(name not in ("CIFAR100", "CIFAR10", "Emoji_R"))
     for problem in problems:
         assert problem.startswith(f"dataset {name}: ") and str(tmp_path) in problem and "\n" not in problem
