@@ -137,6 +137,15 @@ DISTILLERS: Registry[DistillerEntry] = Registry(
             requires=(equal_token_counts, teacher_at_least_as_deep),
             fields=(Param("weight", 0.2, NOT_NEGATIVE, "weight of the feature loss"),),
         ),
+        "DIST": DistillerEntry(
+            "learners.distillers.dist:DIST",
+            "correlations of the probabilities (Huang et al. 2022)",
+            fields=(
+                Param("beta", 2, NOT_NEGATIVE, "weight of relations between classes"),
+                Param("gamma", 2, NOT_NEGATIVE, "weight of relations within a class"),
+                Param("temperature", 4, TEMPERATURE, "instead of --Soft_T"),
+            ),
+        ),
         "none": DistillerEntry(
             "learners.distillers.none:NoDistillation", "the student alone, without a teacher", needs_teacher=False
         ),
