@@ -146,6 +146,14 @@ DISTILLERS: Registry[DistillerEntry] = Registry(
                 Param("temperature", 4, TEMPERATURE, "instead of --Soft_T"),
             ),
         ),
+        "LogitStd": DistillerEntry(
+            "learners.distillers.logit_std:LogitStd",
+            "KD on standardised logits (Sun et al. 2024)",
+            fields=(
+                Param("weight", 9, NOT_NEGATIVE, "weight of the loss"),
+                Param("temperature", 2, TEMPERATURE, "instead of --Soft_T"),
+            ),
+        ),
         "none": DistillerEntry(
             "learners.distillers.none:NoDistillation", "the student alone, without a teacher", needs_teacher=False
         ),
