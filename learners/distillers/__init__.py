@@ -154,6 +154,10 @@ DISTILLERS: Registry[DistillerEntry] = Registry(
                 Param("temperature", 2, TEMPERATURE, "instead of --Soft_T"),
             ),
         ),
+        "DeiT-hard": DistillerEntry(
+            "learners.distillers.deit_hard:DeiTHard",
+            "a token that learns the teacher's decisions (Touvron et al. 2021)",
+        ),
         "none": DistillerEntry(
             "learners.distillers.none:NoDistillation", "the student alone, without a teacher", needs_teacher=False
         ),
