@@ -158,6 +158,14 @@ DISTILLERS: Registry[DistillerEntry] = Registry(
             "learners.distillers.deit_hard:DeiTHard",
             "a token that learns the teacher's decisions (Touvron et al. 2021)",
         ),
+        "RKD": DistillerEntry(
+            "learners.distillers.rkd:RKD",
+            "distances and angles between the images of a batch (Park et al. 2019)",
+            fields=(
+                Param("distance", 25, NOT_NEGATIVE, "weight of the distances"),
+                Param("angle", 50, NOT_NEGATIVE, "weight of the angles"),
+            ),
+        ),
         "none": DistillerEntry(
             "learners.distillers.none:NoDistillation", "the student alone, without a teacher", needs_teacher=False
         ),
