@@ -95,7 +95,7 @@ def print_help() -> None:
         lines += ["", f"--{flag}:", *(f"  {name:<12}{table[name].about}" for name in table)]
     lines += ["", "--prompt_param:"]
     for name in PROMPTS:
-        values = ", ".join(f"{field.label} ({field.rule()})" for field in PROMPTS[name].fields)
+        values = ", ".join(f"{field.help} ({field.type.allowed})" for field in PROMPTS[name].fields)
         lines.append(f"  {name:<12}{values}; paper: {PROMPTS[name].paper_text()}")
     lines += ["", "--kd_param:"]
     for name, entry in DISTILLERS.items():

@@ -48,7 +48,7 @@ def test_configs_of_the_paper_are_the_papers():
 
 def test_the_readmes_tables_are_the_programs():
     learners = [
-        f"| `{name}` | {', '.join(field.label for field in PROMPTS[name].fields)} | {PROMPTS[name].paper_text()} |"
+        f"| `{name}` | {', '.join(field.help for field in PROMPTS[name].fields)} | {PROMPTS[name].paper_text()} |"
         for name in PROMPTS
     ]
     methods = [f"| `{name}` | {DISTILLERS[name].about} |" for name in DISTILLERS]

@@ -84,15 +84,15 @@ def real(allowed: str = "a number", holds: Callable[[float], bool] = lambda numb
     return Type(allowed, "X", lambda item: _number(item, holds))
 
 
-def whole(minimum: int = 0, *, special: int | None = None, maximum: int = 2**31 - 1) -> Type:
-    """A whole number of at least ``minimum``, or ``special``, which has a meaning of its own."""
+def whole(minimum: int = 0, *, special: int | None = None, maximum: int = 2**31 - 1, step: int = 1) -> Type:
+    """A whole number of at least ``minimum``, divisible by ``step``, or ``special``, which has its own meaning."""
 
     def parse(item: object) -> int | None:
-        number = _number(item, lambda n: n == int(n) and (minimum <= n <= maximum or n == special))
+        number = _number(item, lambda n: n % step == 0 and (minimum <= n <= maximum or n == special))
         return None if number is None else int(number)
 
     prefix = "" if special is None else f"{special} or "
-    return Type(f"{prefix}a whole number of at least {minimum}", "N", parse)
+    return Type(f"{prefix}{'an even' if step == 2 else 'a'} whole number of at least {minimum}", "N", parse)
 
 
 def text(allowed: str = "a name", metavar: str = "NAME", convert: Callable = str, many: bool = False) -> Type:
@@ -157,6 +157,18 @@ PARAMETERS = Type(
     many=True,
     collect=lambda parts: {name: value for part in parts for name, value in part.items()},
 )
+
+
+class Param(NamedTuple):
+    """A parameter of a prompt pool or KD method, in its line of the table.
+
+    The default is the paper's value, and ``help`` says in a few words what it does.
+    """
+
+    name: str
+    default: Any
+    type: Type
+    help: str
 
 
 class Option(NamedTuple):
@@ -393,7 +405,7 @@ class Config:
 
     def to_yaml_dict(self) -> dict[str, Any]:
         """All settings as plain values under their YAML keys; written to a file they are a ``--config``."""
-        return {key: _plain(each.value(self)) for key, each in OPTIONS.items() if each.in_yaml}
+        return {key: plain(each.value(self)) for key, each in OPTIONS.items() if each.in_yaml}
 
     def result_settings(self) -> dict[str, Any]:
         """The part of :meth:`to_yaml_dict` that decides the results: no folders, devices or logging."""
@@ -406,7 +418,7 @@ class Config:
         ``theirs`` may be an older run's: a key that it lacks counts as its default.
         """
         own, theirs = self.result_settings(), make_config({}).result_settings() | theirs
-        theirs["kd_param"] = _plain(self.distill.param_defaults | (theirs["kd_param"] or {}))
+        theirs["kd_param"] = plain(self.distill.param_defaults | (theirs["kd_param"] or {}))
         return {key: (theirs[key], own[key]) for key in own if theirs[key] != own[key]}
 
     def settings_hash(self) -> str:
@@ -419,12 +431,12 @@ class Config:
         return dataclasses.replace(self, seed=seed, repeat=1, log_dir=log_dir, teacher_from=teacher_from)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A setting as YAML and JSON write it."""
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, Path):
         return str(value)
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
@@ -626,7 +638,7 @@ def _help_text(each: Option) -> str:
     notes = [] if each.type.metavar in ("NAME", "PATH") and " | " not in each.type.allowed else [each.type.allowed]
     if each.default not in (None, ()):
         values = each.default if isinstance(each.default, tuple) else [each.default]
-        notes.append(f"default: {' '.join(str(int(x) if isinstance(x, bool) else _plain(x)) for x in values)}")
+        notes.append(f"default: {' '.join(str(int(x) if isinstance(x, bool) else plain(x)) for x in values)}")
     if each.paper:
         notes.append(f"paper: {each.paper}")
     return ("" if each.in_yaml else "* ") + each.help + (f" ({'; '.join(notes)})" if notes else "")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from models.sizes import ViTSize
-from utils.config import NOT_NEGATIVE, TEMPERATURE, DistillConfig, Type
+from utils.config import NOT_NEGATIVE, TEMPERATURE, DistillConfig, Param
 from utils.registry import Entry, Registry, nearest
 
 
@@ -53,18 +53,6 @@ def kd_prompt_fits(pair: ModelPair) -> str | None:
     if length % 2:
         return f"--kd_prompt_param: the second value (length) must be even, such as the paper's 6, not {length}"
     return None
-
-
-class Param(NamedTuple):
-    """A parameter of a KD method, ``--kd_param name=value``; the method reads ``self.param[name]``.
-
-    The default is the paper's value, and ``help`` says in a few words what it does.
-    """
-
-    name: str
-    default: Any
-    type: Type
-    help: str
 
 
 @dataclass(frozen=True)

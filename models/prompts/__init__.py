@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.prompts.fields import Count, Field, Number, OneOf
-from utils.config import BELOW_ONE, Config, real
+from utils.config import BELOW_ONE, Config, Param, Type, plain, real, whole
 from utils.registry import Entry, Registry
 
 
@@ -20,16 +19,21 @@ class PromptEntry(Entry):
 
     Attributes:
         fields: the values of ``--prompt_param``, in order.
-        paper: the values of the paper, used when ``--prompt_param`` is not given.
+        per_task: name of the one that must be at least the number of tasks, if there is one.
         options: further options of :class:`utils.config.Config` that the pool's constructor takes.
     """
 
-    fields: tuple[Field, ...] = ()
-    paper: tuple[float, ...] = ()
+    fields: tuple[Param, ...] = ()
+    per_task: str = ""
     options: tuple[str, ...] = ()
 
+    @property
+    def paper(self) -> tuple[float, ...]:
+        """The values of the paper, used when ``--prompt_param`` is not given."""
+        return tuple(field.default for field in self.fields)
+
     def parse(self, values: Sequence[float], num_tasks: int | None) -> tuple[dict[str, Any], list[str]]:
-        """Turn the values of ``--prompt_param`` into keywords of the pool's constructor.
+        """Turn the values of ``--prompt_param`` into keywords of the pool's constructor; None: unknown number of tasks.
 
         Returns:
             The keywords of the allowed values, and one sentence for each other value.
@@ -37,15 +41,19 @@ class PromptEntry(Entry):
         if len(values) != len(self.fields):
             if not self.fields:
                 return {}, ["it has none, so leave the flag out"]
-            labels = ", ".join(field.label for field in self.fields)
+            labels = ", ".join(field.help for field in self.fields)
             given = f"{len(values)} given ({' '.join(f'{value:g}' for value in values)})"
             return {}, [f"{len(self.fields)} values are needed ({labels}; paper: {self.paper_text()}), {given}"]
         keywords, problems = {}, []
         for field, value in zip(self.fields, values, strict=True):
             try:
-                keywords[field.name] = field.parse(value, num_tasks)
+                keywords[field.name] = field.type.read([plain(value)])
             except ValueError as error:
-                problems.append(str(error))
+                problems.append(f"{field.help} {error}; paper: {field.default:g}")
+        size = keywords.get(self.per_task)
+        if size is not None and num_tasks is not None and size < num_tasks:
+            must = f"must be at least the number of tasks, {num_tasks}, not {size}"
+            problems.append(f"{self.per_task} size {must} (enlarge it, or make other_split_size larger)")
         return keywords, problems
 
     def build(self, config: Config, dims: Any) -> Any:
@@ -59,13 +67,9 @@ class PromptEntry(Entry):
         return " ".join(f"{value:g}" for value in self.paper)
 
 
-_POOL = Count("pool", "pool size", per_task=True)
-# Lengths are even: one half becomes keys, one half values.
-_LENGTH = Count("length", "prompt length", 2, even=True)
-_E_LENGTH = Count("e_length", "expert prompt length", 2, even=True)
-_G_LENGTH = Count("g_length", "general prompt length", 2, even=True)
-_ORTHO = Number("ortho_weight", "orthogonality weight", real("0 or more", lambda number: number >= 0))
-_DEPTH = OneOf("deep", "depth", {-1: False, 0: False, 1: True}, "-1 (shallow) or 1 (deep)")
+_EVEN = whole(2, step=2)  # of a length one half becomes keys, one half values
+_POOL_SIZE = whole(1)._replace(allowed="a whole number of at least the number of tasks")
+_DEPTH = Type("-1 (shallow) or 1 (deep)", "N", {-1: False, 0: False, 1: True}.get)
 
 PROMPTS: Registry[PromptEntry] = Registry(
     "learner",
@@ -73,30 +77,42 @@ PROMPTS: Registry[PromptEntry] = Registry(
         "CODAPrompt": PromptEntry(
             "models.prompts.coda:CODAPrompt",
             "all components, weighted by similarity; new ones for each task",
-            (_POOL, _LENGTH, _ORTHO),
-            (100, 8, 0.0),
+            (
+                Param("pool", 100, _POOL_SIZE, "pool size"),
+                Param("length", 8, _EVEN, "prompt length"),
+                Param("ortho_weight", 0.0, real("0 or more", lambda number: number >= 0), "orthogonality weight"),
+            ),
+            per_task="pool",
         ),
         "DualPrompt": PromptEntry(
             "models.prompts.dualprompt:DualPrompt",
             "general prompts for all images, one expert prompt per task",
-            (_POOL, _E_LENGTH, _G_LENGTH),
-            (10, 20, 6),
+            (
+                Param("pool", 10, _POOL_SIZE, "pool size"),
+                Param("e_length", 20, _EVEN, "expert prompt length"),
+                Param("g_length", 6, _EVEN, "general prompt length"),
+            ),
+            per_task="pool",
         ),
         "L2P": PromptEntry(
             "models.prompts.l2p:L2P",
             "the five prompts of a shared pool whose keys match the query best",
-            (Count("pool", "pool size", 5), _LENGTH, _DEPTH),
-            (30, 20, -1),
+            (
+                Param("pool", 30, whole(5), "pool size"),
+                Param("length", 20, _EVEN, "prompt length"),
+                Param("deep", -1, _DEPTH, "depth"),
+            ),
         ),
         "APT": PromptEntry(
             "models.prompts.apt:APT",
             "two vectors per block, added to the class token's key and value; merged over the tasks",
-            (Number("dropout", "dropout (without effect)", BELOW_ONE),),
-            (0.01,),
-            ("ema_coeff",),
+            (Param("dropout", 0.01, BELOW_ONE, "dropout (without effect)"),),
+            options=("ema_coeff",),
         ),
         "OnePrompt": PromptEntry(
-            "models.prompts.one_prompt:OnePrompt", "the same prompts for all images and tasks", (_LENGTH,), (8,)
+            "models.prompts.one_prompt:OnePrompt",
+            "the same prompts for all images and tasks",
+            (Param("length", 8, _EVEN, "prompt length"),),
         ),
         "NoPrompt": PromptEntry("models.prompts.no_prompt:NoPrompt", "no prompts, the head alone"),
     },
