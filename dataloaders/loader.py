@@ -119,6 +119,7 @@ class DataPipeline:
             StreamDataset(stream),
             batch_size=None,  # an item is a batch
             sampler=self._sampler,
+            collate_fn=None if parallel.device.type == "cuda" else _small_by_value,
             num_workers=workers,
             pin_memory=parallel.device.type == "cuda",
             persistent_workers=workers > 0,
@@ -205,7 +206,7 @@ class DataPipeline:
         while (batch := self._next()) is not None:
             if isinstance(batch, BadImageError):
                 raise batch
-            pixels, labels = (tensor.to(self._device, non_blocking=True) for tensor in batch)
+            pixels, labels = (torch.as_tensor(part).to(self._device, non_blocking=True) for part in batch)
             yield to_unit(pixels), labels
             if pass_id != self._pass_id:
                 raise RuntimeError("a new pass over the data has begun: this one is over")
@@ -215,6 +216,13 @@ class DataPipeline:
         batch = next(self._batches, None)
         self.waited += time.monotonic() - started
         return batch
+
+
+def _small_by_value(batch: Batch | BadImageError) -> list[torch.Tensor | np.ndarray] | BadImageError:
+    """Small parts as arrays, which pass through the pipe; a tensor is shared by asking its worker for a handle."""
+    if isinstance(batch, BadImageError):
+        return batch
+    return [part if part.nbytes > 1 << 20 else part.numpy() for part in batch]
 
 
 def _handle_signals(closing: Event, worker: int) -> None:
