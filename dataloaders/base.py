@@ -41,31 +41,11 @@ class BadImageError(DataError):
         return type(self), self._origin  # a worker sends it
 
 
-class ImageStore(ABC):
-    """Images by index. Workers get a copy, so it holds arrays rather than one Python object per image."""
+class FileStore:
+    """Image files below ``root``, opened when asked for; ``paths`` are relative to it, with forward slashes.
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def open(self, index: int) -> Image.Image:
-        """Image ``index`` as a Pillow image of mode RGB; raises :class:`BadImageError`."""
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """Path of image ``index`` relative to ``dataroot``, or what messages call it."""
-
-    @abstractmethod
-    def digest(self) -> bytes:
-        """A hash that differs for other images under the same names."""
-
-    def missing(self) -> list[str]:
-        """Names of the images that do not exist."""
-        return []
-
-
-class FileStore(ImageStore):
-    """Image files below ``root``, opened when asked for; ``paths`` are relative to it, with forward slashes."""
+    Workers get a copy, so it holds an array rather than one Python object per image.
+    """
 
     def __init__(self, root: Path, paths: Iterable[str], upright: bool = True) -> None:
         self._root, self._upright = str(root), upright
@@ -75,27 +55,31 @@ class FileStore(ImageStore):
         return len(self._paths)
 
     def open(self, index: int) -> Image.Image:
+        """Image ``index`` as a Pillow image of mode RGB; raises :class:`BadImageError`."""
         return read_image(os.path.join(self._root, self.name(index)), upright=self._upright)
 
     def name(self, index: int) -> str:
+        """Path of image ``index`` relative to ``root``."""
         return os.fsdecode(self._paths[index])
 
     def digest(self) -> bytes:
-        """Hash names and sizes of the files, since reading them all would take too long."""
-        sizes = [_file_size(os.path.join(self._root, self.name(index))) for index in range(len(self))]
-        return hashlib.sha256(self._paths.tobytes() + np.array(sizes, dtype=np.int64).tobytes()).digest()
+        """A hash of the files' names and sizes, since reading them all would take too long."""
+        return hashlib.sha256(self._paths.tobytes() + self._sizes().tobytes()).digest()
 
     def missing(self) -> list[str]:
-        paths = [os.path.split(os.fsdecode(path)) for path in self._paths]
-        existing = set()  # listing each folder once is much faster than looking for each file
-        for folder in {folder for folder, _ in paths}:
-            if os.path.isdir(place := os.path.join(self._root, folder)):
-                existing.update((folder, name) for name in os.listdir(place))
-        return [os.path.join(*path) for path in paths if path not in existing]
+        """Names of the images that do not exist."""
+        return [self.name(index) for index in np.flatnonzero(self._sizes() < 0)]
+
+    def _sizes(self) -> np.ndarray:
+        """Sizes of the files in bytes, int64 [n]; -1 for one that does not exist."""
+        return np.array([_file_size(os.path.join(self._root, self.name(index))) for index in range(len(self))])
 
 
-class ArrayStore(ImageStore):
-    """Decoded images in memory, uint8 [n, H, W, 3]; messages call them ``name`` and add the index."""
+class ArrayStore:
+    """Decoded images in memory, uint8 [n, H, W, 3], used like a :class:`FileStore`.
+
+    Messages call them ``name`` and add the index.
+    """
 
     def __init__(self, images: np.ndarray, name: str) -> None:
         import torch  # here, so that importing this module stays cheap
@@ -115,6 +99,12 @@ class ArrayStore(ImageStore):
 
     def digest(self) -> bytes:
         return hashlib.sha256(self._images.numpy()).digest()
+
+    def missing(self) -> list[str]:
+        return []
+
+
+ImageStore = FileStore | ArrayStore
 
 
 @dataclass(frozen=True)
@@ -189,8 +179,10 @@ class DataSource(ABC):
 def _file_size(path: str) -> int:
     try:
         return os.stat(path).st_size
+    except PermissionError:  # a folder of other people
+        raise
     except OSError:
-        return -1  # a bad image, which is named when it is read
+        return -1
 
 
 def read_image(file: str | Path | Any, name: str | Path | None = None, *, upright: bool = True) -> Image.Image:
@@ -216,8 +208,6 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """A loaded image of any mode as RGB; one that already is comes back itself."""
     if image.mode.startswith("I"):
         image = _from_integers(image)
-    elif image.mode == "F":
-        image = Image.fromarray(np.clip(np.nan_to_num(np.asarray(image)), 0, 255).astype(np.uint8))
     elif image.mode == "La" or image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("LA" if image.mode == "La" else "RGBA")  # there is no (silent) way to RGB from these
     return image if image.mode == "RGB" else image.convert("RGB")

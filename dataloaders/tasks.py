@@ -148,7 +148,7 @@ class TaskStream:
         return [name for part in self._parts() for name in part.store.missing()]
 
     def digest(self) -> str:
-        """SHA-256 of all images (see :meth:`dataloaders.base.ImageStore.digest`) and their labels."""
+        """SHA-256 of all images (see :meth:`dataloaders.base.FileStore.digest`) and their labels."""
         content = [part.store.digest() + part.labels.tobytes() for part in self._parts()]
         return hashlib.sha256(b"".join(content)).hexdigest()
 

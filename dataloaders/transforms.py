@@ -25,7 +25,7 @@ class EvalTransform(v2.Compose):
     def __init__(self, size: int, crop: TestCrop = "center_crop") -> None:
         steps = [v2.Resize((size, size))] if crop == "stretch" else [v2.Resize(size * 256 // 224), v2.CenterCrop(size)]
         super().__init__(steps)
-        self.size, self.crop = size, crop
+        self.crop = crop
 
 
 def to_planes(image: Image.Image, planes: np.ndarray) -> None:

@@ -18,7 +18,7 @@ from learners.check import cuda_devices, model_problems
 from learners.distillers import DISTILLERS
 from learners.distillers.base import DistillDims
 from learners.learner import TeacherStudentLearner
-from models.backbones import Backbone, load_backbone, size_of
+from models.backbones import Backbone, load_backbone
 from models.cdl_checkpoint import fit_checkpoint, load_checkpoint
 from models.prompted_model import PromptedModel
 from models.prompts import PROMPTS
@@ -106,8 +106,7 @@ def build_learner(
     """
     entry, pool = DISTILLERS[config.distill.method], PROMPTS[config.learner_name]
     vits = {role: vits[role] for role in (("teacher", "student") if entry.needs_teacher else ("student",))}
-    sizes = {role: size_of(vit) for role, vit in vits.items()}
-    student, teacher = sizes["student"], sizes.get("teacher", sizes["student"])  # no teacher, no use of its sizes
+    student, teacher = vits["student"], vits.get("teacher", vits["student"])  # no teacher, no use of its sizes
     if problems := model_problems(config.distill, teacher, student):
         raise ConfigError(problems)
     models = {}

@@ -107,7 +107,7 @@ def print_help() -> None:
 def model_problems(distill: DistillConfig, teacher: ViTSize | None, student: ViTSize | None) -> list[str]:
     """Sizes of two backbones that do not fit each other or the KD method.
 
-    Called with the sizes that the names tell (None where they tell none), and again with those of the built backbones.
+    Called with the sizes that the names tell (None where they tell none), and again with the backbones themselves.
     """
     entry = DISTILLERS[distill.method]
     if not entry.needs_teacher or teacher is None or student is None:

@@ -125,18 +125,19 @@ def _evaluate_again(config: Config) -> int:
     run = build_run(config, build_parallel(config.device, config.gpuid, alone=True), folder.root)
     learner = run.learner
     check_same_data(data_info(config, run), folder)
-    matrices = {role: AccuracyMatrix() for role in learner.roles}
+    matrices: dict[str, list[list[float]]] = {role: [] for role in learner.roles}
     for task in range(tasks_done(folder)):
         learner.resume_task(task)
         for role in learner.roles:
             load_model(folder, role, task, partial(learner.load_state, role))
         rows, _ = evaluate(run, task)
         for role, row in rows.items():
-            matrices[role].set_row(task, row)
+            matrices[role].append(row)
     run.data.close()
-    measured, recorded = {role: matrix.to_dict() for role, matrix in matrices.items()}, folder.read_json(METRICS)
+    measured = {role: AccuracyMatrix(rows).to_dict() for role, rows in matrices.items()}
+    recorded = folder.read_json(METRICS)
     _log.info("%s", summary_table(measured.get("teacher"), measured["student"]))
-    pairs = [(matrix.rows, recorded[role]["accuracy_matrix"]) for role, matrix in matrices.items()]
+    pairs = [(rows, recorded[role]["accuracy_matrix"]) for role, rows in matrices.items()]
     worst = max(np.abs(np.concatenate(new) - np.concatenate(old)).max() for new, old in pairs)
     if worst < 1e-6:  # metrics.json keeps ten digits
         _log.info("The accuracy matrices equal the recorded ones.")

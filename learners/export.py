@@ -35,7 +35,7 @@ class StudentClassifier(EvalStep):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, seen] of images [B, 3, H, W] in [0, 1]."""
-        return self.logits(images, self.seen)["student"]
+        return self.answer(images, self.seen)[1]["student"]
 
 
 def trained_student(config: Config) -> tuple[StudentClassifier, dict[str, Any]]:
@@ -44,7 +44,7 @@ def trained_student(config: Config) -> tuple[StudentClassifier, dict[str, Any]]:
     Raises:
         ConfigError: other settings, or another backbone, than those that it was trained with.
         RunFolderError: a file of the run is missing or damaged.
-        BackboneError: the backbone's weights cannot be loaded.
+        ConfigError: the backbone's weights cannot be loaded.
     """
     check_settings(config, resume=False)
     folder = RunFolder(config.log_dir)

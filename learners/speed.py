@@ -41,7 +41,7 @@ def flop_per_image(learner: TeacherStudentLearner, training: TaskTraining | None
 
     def evaluate() -> None:
         with torch.no_grad():
-            learner.eval_step().logits(images, 1, query)
+            learner.eval_step().answer(images, 1, query)
 
     def train() -> None:
         targets = torch.full((IMAGES,), training.classes.start, device=device)

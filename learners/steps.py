@@ -151,15 +151,12 @@ class EvalStep(nn.Module):
 
         ``query`` [B, Dq] is that of an earlier evaluation of the images, None if there was none.
         """
-        query, logits = self._answer(images, seen, query)
+        query, logits = self.answer(images, seen, query)
         correct = {role: (x.argmax(1) == targets).sum().reshape(1) for role, x in logits.items()}
         return EvalResult(correct, sum((~x.isfinite()).sum() for x in logits.values()).reshape(1), query)
 
-    def logits(self, images: Tensor, seen: int, query: Tensor | None = None) -> dict[str, Tensor]:
-        """Logits [B, seen] of ``student`` and, where there is one, ``teacher``."""
-        return self._answer(images, seen, query)[1]
-
-    def _answer(self, images: Tensor, seen: int, query: Tensor | None) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def answer(self, images: Tensor, seen: int, query: Tensor | None = None) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The query, and the logits [B, seen] of ``student`` and, where there is one, ``teacher``."""
         missing = query is None and self.student.prompt.needs_query
         new, tokens = make_query(self.student.vit, images, needed=missing)
         query = new if missing else query

@@ -112,7 +112,8 @@ class Trainer:
         self.learner.resume_task(position.task)
         for role, tensors in state["models"].items():
             self.learner.load_state(role, tensors)
-        threads, before = torch.get_num_threads(), state["threads"]
+        threads = torch.get_num_threads()
+        before = state.get("threads", threads)
         if threads != before and self.parallel.is_main:
             _log.warning(f"{threads} threads instead of {before}: on a CPU this changes the last digits of the results")
         if position.task < self.run.num_tasks:

@@ -18,8 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from models import mini_vit
-from models.sizes import OWN_MODELS, PAPER_MODELS, PAPER_TAG, ViTSize, name_problem
-from models.vit import PromptedViT, UnsupportedBackboneError
+from models.sizes import OWN_MODELS, PAPER_MODELS, PAPER_TAG, name_problem
+from models.vit import PromptedViT
 from utils.checkpoint import sha256_of
 from utils.config import ConfigError
 
@@ -30,10 +30,6 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the second one in cac
 _NOT_BACKBONE = re.compile(r"(head|head_dist|fc|pre_logits|mask_token)(\.|$)")
 
 
-class BackboneError(ConfigError):
-    """A backbone that cannot be built, or weights that do not fit it; the message is one sentence."""
-
-
 class Backbone(NamedTuple):
     """A frozen backbone and the origin of its weights.
 
@@ -41,13 +37,11 @@ class Backbone(NamedTuple):
         vit: the backbone.
         tag: its full name ``architecture.tag``; the architecture alone where the user gave the weights.
         sha256: of the file with the weights; "" for random ones.
-        source: that file, or ``"random"``.
     """
 
     vit: PromptedViT
     tag: str
     sha256: str
-    source: str
 
 
 def full_name(name: str) -> str:
@@ -71,20 +65,20 @@ def load_backbone(
             by a standard deviation; a file's weights are taken for those of ``name``. The project's own had neither.
 
     Raises:
-        BackboneError: the name, the file or the kind of model cannot be used, or there are no weights.
+        ConfigError: the name, the file or the kind of model cannot be used, or there are no weights.
     """
     if problem := name_problem(name):
-        raise BackboneError(problem)
+        raise ConfigError(problem)
     full = full_name(name)
     # Without values ("meta") until the weights are known, so that no time is spent on random ones.
     with torch.device("meta" if pretrained else "cpu"):
         vit = getattr(mini_vit, name)() if name in OWN_MODELS else timm.create_model(full, num_classes=0)
     try:
         prompted = PromptedViT(vit)
-    except UnsupportedBackboneError as error:
-        raise BackboneError(f"{name} cannot be used: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{name} cannot be used: {error}") from error
     if not pretrained:
-        return Backbone(prompted, full, "", "random")
+        return Backbone(prompted, full, "")
     if weights is not None or name in OWN_MODELS:
         path = weights or mini_vit.weights_path(name)
         _load_file(vit, path, name)
@@ -98,13 +92,7 @@ def load_backbone(
         prompted.normalize(vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
     tag = full if weights is None else full.partition(".")[0]
     _log.info("weights of %s from %s", tag, path)
-    return Backbone(prompted, tag, sha256_of(path), str(path))
-
-
-def size_of(vit: PromptedViT) -> ViTSize:
-    """The sizes of a built backbone."""
-    patch = vit.image_size // vit.vit.patch_embed.grid_size[0]
-    return ViTSize(vit.embed_dim, vit.depth, vit.num_heads, vit.image_size, patch, vit.num_tokens)
+    return Backbone(prompted, tag, sha256_of(path))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -114,13 +102,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
         The state dict without wrappers (``state_dict``, ``model``), prefixes (``module.``) and other values.
 
     Raises:
-        BackboneError: the file cannot be read, is damaged, or holds Python objects or no tensors.
+        ConfigError: the file cannot be read, is damaged, or holds Python objects or no tensors.
     """
     with _reading(path):
         entries = load_state_dict(str(path), weights_only=True).items()
         state = {key: value for key, value in entries if isinstance(value, Tensor)}
     if not state:
-        raise BackboneError(f"{path} holds no tensors; give a file with a state dict")
+        raise ConfigError(f"{path} holds no tensors; give a file with a state dict")
     return state
 
 
@@ -139,22 +127,22 @@ def misfit(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> str | No
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while a file is read into a :class:`BackboneError`."""
+    """Turn what goes wrong while a file is read into a :class:`ConfigError`."""
     try:
         yield
-    except BackboneError:
+    except ConfigError:
         raise
     except OSError as error:
-        raise BackboneError(f"{path} cannot be read ({error.strerror or 'there is no such file'})") from error
+        raise ConfigError(f"{path} cannot be read ({error.strerror or 'there is no such file'})") from error
     except Exception as error:  # a damaged file can raise anything
-        raise BackboneError(
+        raise ConfigError(
             f"{path} is damaged, cut short or of another kind of model, or holds Python objects besides tensors, which"
             " are not loaded because that could run code; fetch it again, or save its state dict alone"
         ) from error
 
 
 def _load_file(vit: VisionTransformer, path: Path, name: str) -> None:
-    """Fill a model that was built without values (raises BackboneError if the file is not of that model)."""
+    """Fill a model that was built without values (raises ConfigError if the file is not of that model)."""
     vit.to_empty(device="cpu")
     for module in vit.modules():  # computed and not loaded, such as rotations by position
         if hasattr(module, "init_non_persistent_buffers"):
@@ -167,7 +155,7 @@ def _load_file(vit: VisionTransformer, path: Path, name: str) -> None:
             if (problem := misfit(state, vit.state_dict())) is None:
                 vit.load_state_dict(state)
     if problem is not None:
-        raise BackboneError(f"{path} does not fit {name}: {problem}; give the weights of that model")
+        raise ConfigError(f"{path} does not fit {name}: {problem}; give the weights of that model")
 
 
 def _load_npz(vit: VisionTransformer, path: Path) -> str | None:
@@ -188,7 +176,7 @@ def _load_npz(vit: VisionTransformer, path: Path) -> str | None:
 def _hub_file(full: str, repository: str | None) -> Path:
     """Find timm's weights in the cache of the Hugging Face hub, or download them."""
     if repository is None:
-        raise BackboneError(f"timm has no weights for {full}; give a file (--t_weights/--s_weights FILE)")
+        raise ConfigError(f"timm has no weights for {full}; give a file (--t_weights/--s_weights FILE)")
     for file in _HUB_FILES:
         if isinstance(found := try_to_load_from_cache(repository, file), str):
             return Path(found)
@@ -198,7 +186,7 @@ def _hub_file(full: str, repository: str | None) -> Path:
         return Path(hf_hub_download(repository, _HUB_FILES[0]))
     except Exception as error:  # the client passes on those of its HTTP library
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise BackboneError(
+        raise ConfigError(
             f"the weights of {full} are not on this machine and cannot be fetched ({reason}); on a machine with a"
             f" network get {url} and pass the file by --t_weights/--s_weights FILE"
         ) from error

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from models.backbones import BackboneError, misfit, read_state
+from models.backbones import misfit, read_state
 from utils.config import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -24,12 +24,8 @@ _MODEL = re.compile(r"(prompt\.(?![kv]_layer_proj)|last\.)")
 _KD = re.compile(r"(kd_last|kd_prompt|project_t_s|ReviewKD_layers)\.")  # those of the KD methods, in the student
 
 
-class CheckpointError(ConfigError):
-    """A checkpoint that cannot be used; the message is one sentence."""
-
-
 def find_checkpoint(path: Path, role: str) -> Path:
-    """Find the file of one model (raises CheckpointError if there is none).
+    """Find the file of one model (raises ConfigError if there is none).
 
     ``path`` is the file, its folder, or a folder with ``task-<i>`` or ``models/task-<i>``, of which the last counts.
     """
@@ -40,7 +36,7 @@ def find_checkpoint(path: Path, role: str) -> Path:
     tasks = {file: file.parent.name.removeprefix("task-") for file in found}
     numbers = {file: int(task) for file, task in tasks.items() if task.isdecimal()}
     if not numbers:
-        raise CheckpointError(f"{path} holds no {FILES[role]}, nor does a task-<i> folder in it")
+        raise ConfigError(f"{path} holds no {FILES[role]}, nor does a task-<i> folder in it")
     return max(numbers, key=numbers.get)
 
 
@@ -48,15 +44,12 @@ def load_checkpoint(path: Path, role: str) -> dict[str, Tensor]:
     """Load the trained parts of one model; see :func:`find_checkpoint` for the arguments.
 
     Raises:
-        CheckpointError: the file is missing or damaged, holds Python objects, or no trained parts.
+        ConfigError: the file is missing or damaged, holds Python objects, or no trained parts.
     """
     file = find_checkpoint(path, role)
-    try:
-        state = read_state(file)
-    except BackboneError as error:
-        raise CheckpointError(str(error)) from error
+    state = read_state(file)
     if not any(_MODEL.match(key) for key in state):
-        raise CheckpointError(f"{file} holds no prompts and no head; it is no checkpoint of a prompted model")
+        raise ConfigError(f"{file} holds no prompts and no head; it is no checkpoint of a prompted model")
     wanted = [key for key in state if _MODEL.match(key) or (role == "student" and _KD.match(key))]
     return {key: state[key] for key in wanted}
 
@@ -65,7 +58,7 @@ def fit_checkpoint(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor
     """Leave out of ``state``, in float32, the parts of a KD method that the model does not have; the log names them.
 
     Raises:
-        CheckpointError: names or shapes differ in another way; the message names ``path``.
+        ConfigError: names or shapes differ in another way; the message names ``path``.
     """
     unused = [key for key in state if _KD.match(key) and key not in model_state]
     if unused:
@@ -73,5 +66,5 @@ def fit_checkpoint(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor
     state = {key: value for key, value in state.items() if key not in unused}
     if problem := misfit(state, model_state):
         advice = "learner, KD method, their parameters, backbones and classes must be those of the checkpoint"
-        raise CheckpointError(f"{path} does not fit the model: {problem}; {advice}")
+        raise ConfigError(f"{path} does not fit the model: {problem}; {advice}")
     return {key: value.float() for key, value in state.items()}

@@ -9,23 +9,20 @@ from utils.registry import nearest
 
 
 class ViTSize(NamedTuple):
-    """Sizes of a vision transformer: width D, blocks L, heads, image and patch size in pixels, tokens N."""
+    """Sizes in which teacher and student may have to agree: blocks L, image size in pixels, tokens N."""
 
-    embed_dim: int
     depth: int
-    num_heads: int
     image_size: int
-    patch_size: int
     num_tokens: int
 
 
 # The backbones whose weights come with the project.
-OWN_MODELS = {"mini_vit_base": ViTSize(192, 6, 3, 64, 16, 17), "mini_vit_small": ViTSize(96, 4, 3, 64, 16, 17)}
+OWN_MODELS = {"mini_vit_base": ViTSize(6, 64, 17), "mini_vit_small": ViTSize(4, 64, 17)}
 # The paper's backbones; without a tag their names mean these weights, whatever timm's present default is.
 PAPER_MODELS = tuple(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large"))
 PAPER_TAG = "augreg_in21k_ft_in1k"
 
-_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+_DEPTHS = {"tiny": 12, "small": 12, "base": 12, "large": 24}
 _MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva")  # of timm
 
 
@@ -37,7 +34,7 @@ def known_size(name: str) -> ViTSize | None:
     if match is None:
         return None
     patch, image = int(match[2]), int(match[3])
-    return ViTSize(*_SIZES[match[1]], image, patch, 1 + (image // patch) ** 2)
+    return ViTSize(_DEPTHS[match[1]], image, 1 + (image // patch) ** 2)
 
 
 def name_problem(name: str) -> str | None:

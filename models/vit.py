@@ -19,9 +19,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-
-class UnsupportedBackboneError(ValueError):
-    """A network other than a plain ViT with a class token; the message says what is missing."""
+from utils.config import ConfigError
 
 
 class KV(NamedTuple):
@@ -69,7 +67,7 @@ class PromptedViT(nn.Module):
     prompts but never reach its weights, so no linear layer keeps its input for the backward pass.
 
     Raises:
-        UnsupportedBackboneError: ``vit`` is none that :func:`check_supported` accepts.
+        ConfigError: ``vit`` is none that :func:`check_supported` accepts.
     """
 
     def __init__(self, vit: VisionTransformer | Eva) -> None:
@@ -89,10 +87,6 @@ class PromptedViT(nn.Module):
     @property
     def depth(self) -> int:
         return len(self.vit.blocks)
-
-    @property
-    def num_heads(self) -> int:
-        return self.vit.blocks[0].attn.num_heads
 
     @property
     def image_size(self) -> int:
@@ -177,22 +171,22 @@ class PromptedViT(nn.Module):
 
 
 def check_supported(vit: nn.Module) -> None:
-    """Raise UnsupportedBackboneError unless ``vit`` is timm's, with a class token, plain blocks and square images."""
+    """Raise ConfigError unless ``vit`` is timm's, with a class token, plain blocks and square images."""
     if not isinstance(vit, VisionTransformer | Eva):
         kind = type(vit).__name__
-        raise UnsupportedBackboneError(f"{kind} is not a timm VisionTransformer or Eva; choose a vit_* or deit* model")
+        raise ConfigError(f"{kind} is not a timm VisionTransformer or Eva; choose a vit_* or deit* model")
     if vit.cls_token is None:
-        raise UnsupportedBackboneError("it has no class token, which is what the head reads; choose another ViT")
+        raise ConfigError("it has no class token, which is what the head reads; choose another ViT")
     for block in vit.blocks:
         attn = getattr(block, "attn", None)
         if (type(block), type(attn)) not in ((Block, Attention), (EvaBlock, EvaAttention)) or attn.gate is not None:
-            raise UnsupportedBackboneError(
+            raise ConfigError(
                 f"it is built of {type(block).__name__} with {type(attn).__name__}, but only plain pre-norm blocks"
                 " with standard attention can read prompts; choose another ViT"
             )
     height, width = vit.patch_embed.img_size
     if height != width:
-        raise UnsupportedBackboneError(f"it takes images of {height} x {width} pixels; choose one with square ones")
+        raise ConfigError(f"it takes images of {height} x {width} pixels; choose one with square ones")
 
 
 def _cls_and_extra(tokens: Tensor, num_tokens: int) -> Tensor:

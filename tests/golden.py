@@ -105,7 +105,7 @@ class GoldenCase:
                 outputs[f"task{task}/{role}/{key}"] = _numpy(value)
         self.learner.end_task(task)
         with torch.no_grad():
-            logits = self.learner.eval_step().logits(self.inputs["eval/images"], classes.stop)
+            logits = self.learner.eval_step().answer(self.inputs["eval/images"], classes.stop)[1]
         for role in self.learner.roles:
             outputs[f"task{task}/eval/{role}_logits"] = _numpy(logits[role])
             for name, value in self.learner.state(role).items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 FORMAT = 1  # of metrics.json
@@ -26,24 +26,12 @@ MEASURES = {
 
 
 class AccuracyMatrix:
-    """The lower triangle a[i][j] of one model and every measure made from it; ``rows`` as for :meth:`set_row`."""
+    """The lower triangle a[i][j] of one model, given by its rows, and every measure made from it."""
 
-    def __init__(self, rows: Iterable[Sequence[float]] = ()) -> None:
-        self.rows: list[list[float]] = []
-        for task, row in enumerate(rows):
-            self.set_row(task, row)
-
-    def set_row(self, task: int, accuracies: Sequence[float]) -> None:
-        """Enter the accuracies (%) on tasks 0 … ``task`` after learning ``task``, in place of any entered before.
-
-        Raises ValueError if a row is skipped, the number of values is not ``task`` + 1, or one is outside 0 … 100.
-        """
-        if not 0 <= task <= len(self.rows) or len(accuracies) != task + 1:
-            raise ValueError(f"{len(accuracies)} accuracies after task {task} do not fit {len(self.rows)} rows before")
-        row = [float(value) for value in accuracies]
-        if not all(0.0 <= value <= 100.0 for value in row):  # also refuses NaN
-            raise ValueError(f"accuracies {row} after task {task} are not all percentages between 0 and 100")
-        self.rows[task : task + 1] = [row]
+    def __init__(self, rows: Sequence[Sequence[float]]) -> None:
+        if [len(row) for row in rows] != [*range(1, len(rows) + 1)]:
+            raise ValueError("the accuracy matrix is no triangle")
+        self.rows = rows
 
     @property
     def average_accuracy(self) -> list[float]:

@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
 
-class UnknownNameError(ValueError):
-    """A name that is not in a table; the message lists the names and the nearest one."""
-
-
 @dataclass(frozen=True)
 class Entry:
     """One line of a table: the class as ``"package.module:ClassName"``, and one line about it for ``--help``."""
@@ -32,7 +28,8 @@ E = TypeVar("E", bound=Entry)
 class Registry(dict[str, E], Generic[E]):
     """A table from names to entries, in the order of the documentation.
 
-    ``kind`` is what error messages call the names (``"KD method"``). Indexing raises UnknownNameError.
+    ``kind`` is what error messages call the names (``"KD method"``). Indexing by another name raises
+    ValueError, which names them and the nearest one.
     """
 
     def __init__(self, kind: str, entries: Mapping[str, E]) -> None:
@@ -42,7 +39,7 @@ class Registry(dict[str, E], Generic[E]):
     def __missing__(self, name: str) -> NoReturn:
         guess = nearest(name, self)
         hint = f" Did you mean {guess}?" if guess else ""
-        raise UnknownNameError(f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(self)}.")
+        raise ValueError(f"unknown {self.kind} {name!r}.{hint} Known: {', '.join(self)}.")
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

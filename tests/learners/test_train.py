@@ -176,7 +176,7 @@ class TestNumbers:
 
     def test_evaluation(self, start, reference, folder, monkeypatch, capsys):
         """Logits that overflow would otherwise pass for wrong, or even right, answers."""
-        real = EvalStep._answer
+        real = EvalStep.answer
 
         def overflown(*inputs):
             query, logits = real(*inputs)
@@ -184,7 +184,7 @@ class TestNumbers:
             return query, logits
 
         with monkeypatch.context() as patch:
-            patch.setattr(EvalStep, "_answer", overflown)
+            patch.setattr(EvalStep, "answer", overflown)
             assert start() == 1
         assert "after task 1, logits of task 1's test images are not finite (1 of them)" in capsys.readouterr().out
         assert start() == 0

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models.cdl_checkpoint import FILES, CheckpointError, find_checkpoint, fit_checkpoint, load_checkpoint
+from models.cdl_checkpoint import FILES, find_checkpoint, fit_checkpoint, load_checkpoint
+from utils.config import ConfigError
 
 TRAINED = {"prompt.e_p_0": torch.rand(3, 4, 8), "last.weight": torch.rand(5, 8), "last.bias": torch.rand(5)}
 KD = {"kd_last.weight": torch.rand(5, 8), "kd_prompt.kd_p_0": torch.rand(1, 8)}
@@ -41,7 +42,7 @@ def test_the_last_task_counts(tmp_path):
         save(models / f"task-{task}", "teacher", TRAINED)
     for path in (tmp_path / "run", models, models / "task-10"):
         assert find_checkpoint(path, "teacher") == models / "task-10" / "T_class.pth"
-    with pytest.raises(CheckpointError, match="holds no S_class.pth"):
+    with pytest.raises(ConfigError, match="holds no S_class.pth"):
         find_checkpoint(tmp_path / "run", "student")
 
 
@@ -51,12 +52,12 @@ def test_the_last_task_counts(tmp_path):
         (FROZEN, "no prompts and no head"),
         (KD, "no prompts and no head"),
         ({"epoch": 1}, "holds no tensors"),
-        (TRAINED | {"x": CheckpointError("")}, "could run code"),
+        (TRAINED | {"x": ConfigError("")}, "could run code"),
     ],
 )
 def test_other_files(tmp_path, content, words):
     save(tmp_path, "student", content)
-    with pytest.raises(CheckpointError, match=f"S_class.pth .*{words}"):
+    with pytest.raises(ConfigError, match=f"S_class.pth .*{words}"):
         load_checkpoint(tmp_path, "student")
 
 
@@ -71,5 +72,5 @@ def test_parts_that_the_model_has(tmp_path, caplog):
         (TRAINED | KD | {"last.bias": torch.rand(5) + 1j}, "last.bias holds torch.complex64"),
         (TRAINED | KD | {"prompt.g_p_0": torch.rand(2, 8)}, "the model has no prompt.g_p_0"),
     ):
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(ConfigError, match=words):
             fit_checkpoint(state, TRAINED | KD, tmp_path)

@@ -21,19 +21,6 @@ def test_measures_by_hand():
     assert first.final_average_accuracy == first.average_incremental_accuracy == 33.0
 
 
-def test_matrix_is_read_back_and_rows_are_replaced():
-    matrix = AccuracyMatrix(json.loads(json.dumps(AccuracyMatrix(ROWS).to_dict()))["accuracy_matrix"])
-    assert matrix.rows == ROWS
-    matrix.set_row(2, [1, 2, 3])
-    assert matrix.rows == [*ROWS[:2], [1.0, 2.0, 3.0]]
-
-
-def test_impossible_rows_are_refused():
-    for task, row in ((1, [1.0, 2.0]), (0, []), (0, [1.0, 2.0]), (0, [101.0]), (0, [-0.1]), (0, [math.nan])):
-        with pytest.raises(ValueError):
-            AccuracyMatrix().set_row(task, row)
-
-
 def test_files():
     assert acc_csv([80, 62.0, 7.129]) == "80.00\n62.00\n7.13\n"
     metrics = {"b": {"ce": math.nan, "prompt": -0.0}, "a": (1, 1 / 3, True, None), "c": "ä"}

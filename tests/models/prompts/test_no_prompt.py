@@ -13,4 +13,4 @@ def test_the_head_alone_is_trained_on_the_backbones_features():
     with torch.no_grad():
         features = learner.query_vit(learner.query_vit.embed(images)).cls
         expected = learner.student.last(features)[:, :2]
-        torch.testing.assert_close(learner.eval_step().logits(images, 2)["student"], expected)
+        torch.testing.assert_close(learner.eval_step().answer(images, 2)[1]["student"], expected)
