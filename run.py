@@ -11,6 +11,8 @@ from typing import NoReturn
 from learners.check import load_checked_config, print_help
 from utils.config import ConfigError
 
+__version__ = "1.0.0"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line.
@@ -21,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
         print_help()
+        return 0
+    if "--version" in argv:
+        print(f"Continual Distillation Learning {__version__}")
         return 0
     config = None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +21,17 @@ class ClassRange(NamedTuple):
     stop: int
 
 
-def split_classes(num_classes: int, first: int, other: int) -> list[ClassRange]:
-    """Tasks of ``first``, then ``other`` classes each; the last one is smaller if that does not divide."""
+def split_classes(num_classes: int, first: int | None, other: int | None) -> list[ClassRange]:
+    """Tasks of ``first``, then ``other`` classes each; the last one is smaller if that does not divide.
+
+    Where one is None it is as the other; where both are, there are 10 tasks, or as many as get two classes each, whose
+    sizes differ by at most 1.
+    """
+    if first is None and other is None:
+        tasks = max(1, min(10, num_classes // 2))
+        bounds = [num_classes * task // tasks for task in range(tasks + 1)]
+        return [ClassRange(a, b) for a, b in itertools.pairwise(bounds)]
+    first, other = first or other, other or first
     starts = [0, *range(first, num_classes, other)]
     return [ClassRange(a, b) for a, b in zip(starts, [*starts[1:], num_classes], strict=True)]
 

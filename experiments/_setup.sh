@@ -1,8 +1,8 @@
 # To be sourced by the other scripts. Prints the comment at the top of the calling script for --help, sets root, the
 # project's folder, and defines set_up and run_paper.
 
-case ${1:-} in
--h | --help) awk 'NR > 1 && !/^#/ { exit } NR > 1 && !/^#SBATCH/ { sub(/^# ?/, ""); print }' "$0" && exit ;;
+case " $* " in
+*" -h "* | *" --help "*) awk 'NR > 1 && !/^#/ { exit } NR > 1 && !/^#SBATCH/ { sub(/^# ?/, ""); print }' "$0" && exit ;;
 esac
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 

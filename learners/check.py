@@ -18,8 +18,8 @@ from learners.distillers import DISTILLERS, ModelPair
 from models.prompts import PROMPTS
 from models.sizes import ViTSize, known_size, name_problem
 from utils.config import OPTIONS, Config, ConfigError, DistillConfig, argument_parser, parse_config
+from utils.packages import missing_packages
 
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "yaml", "PIL", "tqdm", "safetensors", "matplotlib")
 _log = logging.getLogger(__name__)
 
 _TABLES = {"learner_name": PROMPTS, "KD_method": DISTILLERS, "dataset": DATASETS}
@@ -31,10 +31,8 @@ def load_checked_config(argv: Sequence[str]) -> Config:
     Raises:
         ConfigError: with every problem of the flags, the file and their combination.
     """
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        way_out = "install them by sh install_requirements.sh, or start by bash experiments/quickstart.sh"
-        raise ConfigError([f"packages are missing ({', '.join(missing)}): {way_out}"])
+    if problem := missing_packages():
+        raise ConfigError(problem)
     parsed = parse_config(argv)
     config = parsed.config()
     if problems := parsed.problems + check(config, parsed.invalid_keys):
@@ -96,7 +94,7 @@ def print_help() -> None:
     lines += ["", "--prompt_param:"]
     for name in PROMPTS:
         values = ", ".join(f"{field.help} ({field.type.allowed})" for field in PROMPTS[name].fields)
-        lines.append(f"  {name:<12}{values}; paper: {PROMPTS[name].paper_text()}")
+        lines.append(f"  {name:<12}{values}; paper: {PROMPTS[name].paper_text()}" if values else f"  {name:<12}none")
     lines += ["", "--kd_param:"]
     for name, entry in DISTILLERS.items():
         for field in entry.fields:
@@ -133,12 +131,12 @@ def _data_problems(config: Config, invalid: Collection[str]) -> tuple[int | None
     problems = source.missing(data) if config.action in ("train", "eval_only", "check_data") else []
     num_classes = source.count_classes(data.dataroot)
     sizes = {name: getattr(data, name) for name in ("first_split_size", "other_split_size")}
-    if num_classes is None or None in sizes.values() or sizes.keys() & set(invalid):
+    if num_classes is None or sizes.keys() & set(invalid):
         return None, problems
     if data.upper_bound:
         return 1, problems
     for name, size in sizes.items():
-        if size > num_classes:
+        if size is not None and size > num_classes:
             problems.append(f"--{name} {size} is more than the {num_classes} classes of {data.dataset}")
     return len(split_classes(num_classes, *sizes.values())), problems
 
@@ -232,11 +230,11 @@ def _path_problems(config: Config) -> list[str]:
         ("s_weights", config.student_weights, "file"),
         ("init_from", config.init_from, "folder"),
         *(("teacher_from", each.teacher_from, "folder") for each in runs),
-        *(("predict", image, "file") for image in config.predict),
+        *(("predict", path, "file or folder") for path in config.predict),
     ]
     for flag, path, kind in needed:
-        if path is not None and not (os.path.isdir(path) if kind == "folder" else os.path.isfile(path)):
-            wrong = f"{path} is a folder, not a file" if os.path.isdir(path) else f"there is no {kind} {path}"
+        if path is not None and not ("folder" in kind and path.is_dir() or "file" in kind and path.is_file()):
+            wrong = f"{path} is a folder, not a file" if path.is_dir() else f"there is no {kind} {path}"
             problems.append(f"--{flag}: {wrong}; check the path")
     if config.export is not None and config.export.suffix not in (".safetensors", ".pt2"):
         problems.append(f"--export: {config.export} must end in .safetensors or .pt2")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dataloaders.base import DataError, read_image
 from dataloaders.check import check_stream
+from dataloaders.folders import find_images
 from dataloaders.tasks import build_stream
 from dataloaders.transforms import EvalTransform, to_planes, to_unit
 from learners.build import Run, build_run
@@ -159,7 +160,7 @@ def _predict(config: Config) -> int:
     device = build_parallel(config.device, config.gpuid, alone=True).device
     classifier, metadata = trained_student(config)
     classifier.to(device)
-    for path in config.predict:
+    for path in itertools.chain(*map(_images_of, config.predict)):
         logits = classifier(_load_image(path, metadata).to(device))
         best = logits.softmax(1)[0].topk(min(config.top, logits.shape[1]))
         _log.info("%s", path)
@@ -168,12 +169,24 @@ def _predict(config: Config) -> int:
     return 0
 
 
+def _images_of(path: Path) -> list[Path]:
+    """A file itself, or all images in and below a folder."""
+    if not path.is_dir():
+        return [path]
+    try:
+        if found := [path / name for name in find_images(path, ".")]:
+            return found
+        raise DataError(f"there is no image in {path}")
+    except DataError as error:
+        raise ConfigError(f"--predict: {error}") from error
+
+
 def _load_image(path: Path, metadata: Mapping[str, Any]) -> Tensor:
     """One image as the student sees it in evaluation, [1, 3, H, W] in [0, 1]."""
     try:
         image = read_image(path)
     except DataError as error:
-        raise ConfigError([f"--predict: {error}"]) from error
+        raise ConfigError(f"--predict: {error}") from error
     size = metadata["image_size"]
     pixels = np.empty((1, 3, size, size), dtype=np.uint8)
     to_planes(EvalTransform(size, metadata["test_crop"])(image), pixels[0])

@@ -13,6 +13,9 @@ import run
 from dataloaders.emoji_r import EmojiR
 from learners import check
 from tests.processes import ROOT
+from utils import packages
+from utils.config import SYNONYMS
+from utils.report import __main__ as report
 
 EMOJI_R = ROOT / "configs" / "emoji-r_prompt.yaml"
 
@@ -33,6 +36,8 @@ BAD = [
     ("--batchsize 8", "unknown flag --batchsize", "--batch_size"),
     ("--qqqqqq", "unknown flag --qqqqqq", "--help"),
     ("-lr 0.1", "unknown flag -lr", "--lr"),
+    *((f"--{typed} 1", f"--{typed}", f"did you mean --{meant}?") for typed, meant in SYNONYMS.items()),
+    ({"learning-rate": 1}, "unknown key 'learning-rate'", "did you mean lr?"),
     ({"batchsize": 8}, "unknown key 'batchsize'", "did you mean batch_size?"),
     ({3: 8}, "unknown key 3", "config.yaml"),
     ("--log x", "--log", "--log_dir", "--log_interval", "write the flag out"),
@@ -40,7 +45,7 @@ BAD = [
     ("--lr 0.1 0.2", "--lr", "takes one value", "2 values"),
     ("--gpuid", "--gpuid", "-1"),
     ("--overwrite", "--overwrite", "0 or 1"),
-    ("--predict", "--predict", "one image or more"),
+    ("--predict", "--predict", "images or folders"),
     ("--t_model=", "--t_model", "must be"),
     ({"lr": None}, "lr", "has no value"),
     ({"schedule": []}, "schedule", "one number or more"),
@@ -112,7 +117,7 @@ BAD = [
     # instead of training
     ("--check_data --eval_only", "--check_data and --eval_only", "one of them"),
     ("--export student.onnx", "--export", ".safetensors or .pt2"),
-    ("--predict {tmp}/none.png", "--predict", "no file", "none.png"),
+    ("--predict {tmp}/none.png", "--predict", "no file or folder", "none.png"),
     # files
     ("--config {tmp}/none.yaml", "none.yaml does not exist"),
     ("--config {root}/configs/emoji_r_prompt.yaml", f"did you mean --config {EMOJI_R}?"),
@@ -200,11 +205,18 @@ def test_no_arguments_say_what_is_missing(capsys):
     assert "--config is missing" in capsys.readouterr().err
 
 
-def test_missing_packages_say_how_to_install_them(monkeypatch, capsys):
-    monkeypatch.setattr(check, "_PACKAGES", ("yaml", "no_such_package"))
-    assert run.main(["--config", str(EMOJI_R)]) == 2
-    error = capsys.readouterr().err
-    assert "no_such_package" in error and "install_requirements.sh" in error and error.count("\n") == 1
+def test_missing_packages_say_where_they_are_or_how_to_install_them(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(packages, "_PACKAGES", ("yaml", "no_such_package"))
+    monkeypatch.setattr(packages, "_VENV", tmp_path / ".venv")
+    for way_out in ("install_requirements.sh", "has them: source .venv/bin/activate"):
+        assert run.main(["--config", str(EMOJI_R)]) == 2
+        with pytest.raises(SystemExit, match="2"):
+            report.main(["."])
+        error = capsys.readouterr().err
+        assert error.count("no_such_package") == error.count(way_out) == 2
+        (tmp_path / ".venv/bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".venv/bin/activate").touch()
 
 
 @pytest.mark.parametrize("flags", ["--eval_only", "--export a.pt2"])
@@ -218,6 +230,7 @@ def test_help_needs_nothing_else(capsys, flags):
     assert run.main(flags) == 0
     text = capsys.readouterr().out
     assert "--kd_prompt_param" in text and "KD_Token" in text and "paper: 100 8 0" in text
+    assert run.main(["--version"]) == 0 and capsys.readouterr().out.endswith(f" {run.__version__}\n")
 
 
 @pytest.mark.parametrize("flags", ["--predict", "--export"])

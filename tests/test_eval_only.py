@@ -204,6 +204,11 @@ def test_prediction(folder, images, tmp_path, capsys):
     percents = [float(line.split()[0]) for line in lines[start + 1 : start + 4]]
     assert percents == sorted(percents, reverse=True) and 0 < sum(percents) <= 100.01
     assert all(line.split("%")[1].strip().startswith("class ") for line in lines[start + 1 : start + 4])
+    assert on(folder, "--predict", images[0].parents[1], tmp_path) == 0
+    named = [line for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
+    assert len(named) == len(images) + 1 and named[-1] == str(tmp_path / "grey.png")
     (tmp_path / "grey.png").write_text("no image")
-    assert on(folder, "--predict", tmp_path / "grey.png") == 2
-    assert "--predict" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    for path in ("grey.png", "empty"):
+        assert on(folder, "--predict", tmp_path / path) == 2
+        assert "--predict" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -200,12 +200,19 @@ neutral = functools.partial(option, affects_results=False)
 flag = functools.partial(option, affects_results=False, in_yaml=False)
 """An :func:`option` of the command line alone."""
 
-RUN, METHOD, MODELS, DATA = "Run", "Method", "Models", "Data"
-TRAINING, DEVICES, LOGGING, USE = "Training", "Devices", "Logging", "Instead of training"
-IGNORED = "accepted from the original, without effect"
+USE, RUN, METHOD, MODELS, DATA = "Actions, instead of training", "Run", "Method", "Models", "Data"
+TRAINING, DEVICES, LOGGING = "Training", "Devices", "Logging"
+IGNORED = "Without effect, accepted from the original's command lines and files"
+_GROUPS = (USE, RUN, DATA, METHOD, MODELS, TRAINING, DEVICES, LOGGING, IGNORED)
+_REQUIRED = ("dataset", "schedule")
+# What everybody types -> option.
+SYNONYMS = {"epochs": "schedule", "seed": "random_s", "learning_rate": "lr", "gpus": "gpuid"}
+SYNONYMS |= {"output_dir": "log_dir", "alpha": "kd_alpha", "temperature": "Soft_T", "data_dir": "dataroot"}
+SYNONYMS |= {"student": "s_model"}
 # An args.yaml says these of the machine and the start of its run; they mean nothing to the use of its models.
 _ONLY_FOR_TRAINING = ("gpuid", "device", "init_from")
 _LARGEST_FILE = 1 << 15  # a configuration has 2 KiB; PyYAML takes seconds for megabytes
+_PAPER_SPLIT = "10 for CIFAR-100, 20 for ImageNet-R"
 _ON_A_RUN = ("eval_only", "export", "predict")
 
 
@@ -214,7 +221,7 @@ class DistillConfig:
     """The KD method and its parameters."""
 
     method: str = option(
-        "KD", text("a KD method"), METHOD, "how the student is taught", key="KD_method", paper="each of them"
+        "KD", text("a KD method"), METHOD, "how the student is taught", key="KD_method", paper="all below"
     )
     prompt_param: tuple[int, int] = option(
         (5, 6),
@@ -222,7 +229,7 @@ class DistillConfig:
         METHOD,
         "KD_Token: number of student blocks and length (even) of the KD prompts",
         key="kd_prompt_param",
-        paper="12 6",
+        paper="12 6; 1 6 in its column DeiT",
     )
     alpha: float = option(
         0.5, FRACTION, METHOD, "weight of distillation; cross-entropy gets the rest", key="kd_alpha", paper="0.5"
@@ -243,7 +250,7 @@ class DistillConfig:
 class DataConfig:
     """The data set, its split into tasks, and its batches."""
 
-    dataset: str | None = option(None, text("a data set"), DATA, "data set", paper="CIFAR100, ImageNet_R")
+    dataset: str | None = option(None, text("a data set"), DATA, "data set", paper="CIFAR100 and ImageNet_R")
     dataroot: Path = neutral(Path("data"), path("a folder"), DATA, "folder of the data sets (not used by Emoji_R)")
     data_url: str | None = neutral(
         None,
@@ -252,10 +259,14 @@ class DataConfig:
         "where to download the data set; default: its own",
     )
     first_split_size: int | None = option(
-        None, whole(1), DATA, "classes of the first task", paper="10 (CIFAR-100), 20 (ImageNet-R)"
+        None, whole(1), DATA, "classes of the first task; default: as the others", paper=_PAPER_SPLIT
     )
     other_split_size: int | None = option(
-        None, whole(1), DATA, "classes of every other task", paper="10 (CIFAR-100), 20 (ImageNet-R)"
+        None,
+        whole(1),
+        DATA,
+        "classes of every other task; default: as the first; without either, 10 equal tasks or fewer",
+        paper=_PAPER_SPLIT,
     )
     class_order: str = option("natural", choice("natural", "shuffled"), DATA, "order of the classes", paper="natural")
     validation: bool = option(False, SWITCH, DATA, "test on a seeded fifth of the training set", paper="0")
@@ -266,7 +277,7 @@ class DataConfig:
     crop_scale: tuple[float, float] = option(
         (0.08, 1.0), RANGE, DATA, "share of the image's area that a random crop covers", paper="0.08 1.0"
     )
-    batch_size: int = option(64, whole(1), TRAINING, "images per step, on all devices", paper="64; 32 with ViT-Large")
+    batch_size: int = option(64, whole(1), TRAINING, "images per step, on all devices", paper="64, with ViT-Large 32")
     workers: int | None = neutral(
         None, whole(0), DATA, "processes that load data, 0: the main one; default: by the cores with a GPU, 4 without"
     )
@@ -280,8 +291,8 @@ class OptimConfig:
         None,
         EPOCHS,
         TRAINING,
-        "epochs per task and model (the last number; the others are steps of decay)",
-        paper="20 (CIFAR-100), 35 (ImageNet-R)",
+        "epochs of each model on each task: the last number; at the others before it, decay lowers lr",
+        paper="20 for CIFAR-100, 35 for ImageNet-R",
     )
     schedule_type: str = option("cosine", choice("cosine", "decay"), TRAINING, "learning-rate schedule", paper="cosine")
     optimizer: str = option(
@@ -309,17 +320,21 @@ class Config:
     seed: int = option(10, whole(0, maximum=2**32 - 1), RUN, "seed of all random numbers", key="random_s")
     repeat: int = neutral(1, whole(1), RUN, "run this many seeds, each in its folder log_dir/seed-<s>")
     max_task: int = option(-1, whole(1, special=-1), RUN, "stop after this many tasks; -1 runs all", paper="-1")
-    debug_mode: int = neutral(0, whole(0), RUN, IGNORED)
+    debug_mode: int = neutral(0, whole(0), IGNORED, "")
 
-    learner_type: str = option("prompt", choice("prompt"), METHOD, "family of learners", paper="prompt")
-    learner_name: str = option("CODAPrompt", text("a learner"), METHOD, "prompt pool", paper="each of them")
+    learner_type: str = option("prompt", choice("prompt"), IGNORED, "there is no other family of learners")
+    learner_name: str = option("CODAPrompt", text("a learner"), METHOD, "prompt pool", paper="the first four below")
     prompt_param: tuple[float, ...] | None = option(
         None, NUMBERS, METHOD, "parameters of the prompt pool; default: the paper's"
     )
     ema_coeff: float = option(0.5, FRACTION, METHOD, "APT: weight of the prompts merged before", paper="0.7")
     distill: DistillConfig = DistillConfig()
     aux_loss_scale: float = option(
-        1.0, NOT_NEGATIVE, METHOD, "factor of prompt and feature losses", paper="2, as its two GPUs added theirs"
+        1.0,
+        NOT_NEGATIVE,
+        METHOD,
+        "factor of prompt and feature losses",
+        paper="2, as its two GPUs added their losses up",
     )
 
     teacher_model: str = option(
@@ -359,13 +374,17 @@ class Config:
     )
 
     data: DataConfig = DataConfig()
-    rand_split: bool = neutral(False, SWITCH, DATA, IGNORED)
-    model_type: str | None = neutral(None, text(), DATA, IGNORED)
-    model_name: str | None = neutral(None, text(), DATA, IGNORED)
+    rand_split: bool = neutral(False, SWITCH, IGNORED, "")
+    model_type: str | None = neutral(None, text(), IGNORED, "")
+    model_name: str | None = neutral(None, text(), IGNORED, "")
     optim: OptimConfig = OptimConfig()
 
     gpuid: tuple[int, ...] | None = neutral(
-        None, GPUS, DEVICES, "GPUs to use; -1 is the CPU; default: GPU 0 if there is one, else the CPU", paper="0 1"
+        None,
+        GPUS,
+        DEVICES,
+        "GPUs to use; -1 is the CPU; default: GPU 0 if there is one, else the CPU",
+        paper="0 1, two GPUs",
     )
     device: str | None = neutral(
         None, choice("cpu", "cuda", "mps"), DEVICES, "kind of device, instead of --gpuid; default: what --gpuid says"
@@ -382,7 +401,7 @@ class Config:
 
     export: Path | None = flag(None, path("a file .safetensors or .pt2"), USE, "write log_dir's student to this file")
     predict: tuple[Path, ...] = flag(
-        (), path("one image or more", many=True), USE, "name what these images show, with the student of --log_dir"
+        (), path("images or folders of images", many=True), USE, "name what these show, with the student of --log_dir"
     )
     check_data: bool = flag(False, SWITCH, USE, "only check every image of the data set")
     eval_only: bool = flag(False, SWITCH, USE, "only evaluate the saved models of --log_dir again")
@@ -401,7 +420,8 @@ class Config:
     @property
     def without_effect(self) -> tuple[str, ...]:
         """The original's keys that were set although they have no effect."""
-        return tuple(key for key, each in OPTIONS.items() if each.help == IGNORED and each.value(self))
+        keys = [key for key, each in OPTIONS.items() if each.group == IGNORED]
+        return tuple(key for key in keys if OPTIONS[key].value(self) != OPTIONS[key].default)
 
     def to_yaml_dict(self) -> dict[str, Any]:
         """All settings as plain values under their YAML keys; written to a file they are a ``--config``."""
@@ -513,12 +533,17 @@ def _split_flags(argv: Sequence[str], problems: list[str]) -> dict[str, list[str
     found, rest = argument_parser().parse_known_args(list(argv))
     unknown = [word.partition("=")[0] for word in rest if word.startswith("-")]
     for name in unknown:
-        guess = nearest(name.lstrip("-"), OPTIONS)
+        guess = _suggestion(name.lstrip("-"), OPTIONS)
         hint = f"did you mean --{guess}?" if guess else "see --help"
         problems.append(f"unknown flag {_show(name)[1:-1]}; {hint}")
     if rest and not unknown:  # else they belong to the unknown flag
         problems.append(f"{_show(rest[0])} follows no flag; see --help")
     return vars(found)
+
+
+def _suggestion(name: str, keys: Collection[str]) -> str | None:
+    """The option that an unknown flag or key probably means."""
+    return SYNONYMS.get(name.lower().replace("-", "_")) or nearest(name, keys)
 
 
 def _read_yaml(file: Path, parsed: Parsed, saved: bool) -> bool:
@@ -534,7 +559,7 @@ def _read_yaml(file: Path, parsed: Parsed, saved: bool) -> bool:
     for key, value in settings.items():
         each = OPTIONS.get(key) if isinstance(key, str) else None
         if each is None:
-            guess = nearest(str(key), [other for other in OPTIONS if OPTIONS[other].in_yaml])
+            guess = _suggestion(str(key), [other for other in OPTIONS if OPTIONS[other].in_yaml])
             hint = f"; did you mean {guess}?" if guess else "; see --help for all keys"
             parsed.problems.append(f"unknown key {_show(key)} in {file}{hint}")
         elif not each.in_yaml:
@@ -587,8 +612,7 @@ def _missing_problems(parsed: Parsed, file: Path | None) -> list[str]:
     config, invalid = parsed.config(), parsed.invalid_keys
     if invalid & {"check_data", *_ON_A_RUN}:
         return []  # which settings it needs depends on what is to be done
-    needed = ["dataset", "first_split_size", "other_split_size"]
-    needed += [] if config.action == "check_data" else ["schedule"]
+    needed = _REQUIRED[:1] if config.action == "check_data" else _REQUIRED
     missing = [key for key in needed if OPTIONS[key].value(config) is None and key not in invalid]
     problems = []
     if missing and file is not None:
@@ -606,6 +630,18 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}: write the flag out; see --help")
 
 
+_DESCRIPTION = """Continual distillation learning: a frozen ViT teacher and student learn task after task by prompts.
+
+  python run.py --config configs/cifar-100_prompt.yaml --log_dir outputs/cifar-100      # train, or resume
+  python run.py --config configs/folder.yaml --dataroot PHOTOS --log_dir outputs/photos   # on images of your own
+  python run.py --predict PICTURE.jpg --log_dir outputs/photos                            # use the student
+
+Every flag is also a key of the YAML file, except those marked *. A flag beats the file, the file beats the
+default; what is required may come from either. A flag that takes 0 or 1 means 1 when it has no value (but not
+--overwrite). A flag may be shortened as long as no other one begins alike. "paper" is the value of the
+experiments in Zhang, Guo and Xiang (2026), arXiv 2407.13911."""
+
+
 def argument_parser(epilog: str = "", *, for_help: bool = False) -> argparse.ArgumentParser:
     """The parser that prints ``--help``, or the one that splits a command line.
 
@@ -614,19 +650,16 @@ def argument_parser(epilog: str = "", *, for_help: bool = False) -> argparse.Arg
     parser = _Parser(
         prog="python run.py",
         usage="python run.py --config FILE --log_dir FOLDER [--FLAG VALUE ...]",
-        description="Continual distillation learning: a frozen ViT teacher and student learn task after task by\n"
-        "prompts. Every flag is also a key of the YAML file, except those marked *. A flag beats the file, the\n"
-        "file beats the default. A flag that takes 0 or 1 means 1 when it has no value (but not --overwrite).\n"
-        "A flag may be shortened as long as no other one begins alike.",
+        description=_DESCRIPTION,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
         argument_default=argparse.SUPPRESS,
     )
+    groups = {name: parser.add_argument_group(name) for name in _GROUPS}
     if for_help:
-        parser.add_argument("-h", "--help", action="help", help="print this page")
-    names = dict.fromkeys(each.group for each in OPTIONS.values())
-    groups = {name: parser.add_argument_group(name) for name in names}
+        groups[USE].add_argument("-h", "--help", action="help", help="* print this page")
+        groups[USE].add_argument("--version", action="store_true", help="* print the version")
     for each in OPTIONS.values():
         nargs = "*" if not for_help else "+" if each.type.many else "?" if each.type.alone is not None else None
         text = _help_text(each).replace("%", "%%")
@@ -635,10 +668,13 @@ def argument_parser(epilog: str = "", *, for_help: bool = False) -> argparse.Arg
 
 
 def _help_text(each: Option) -> str:
-    notes = [] if each.type.metavar in ("NAME", "PATH") and " | " not in each.type.allowed else [each.type.allowed]
-    if each.default not in (None, ()):
-        values = each.default if isinstance(each.default, tuple) else [each.default]
-        notes.append(f"default: {' '.join(str(int(x) if isinstance(x, bool) else plain(x)) for x in values)}")
-    if each.paper:
-        notes.append(f"paper: {each.paper}")
+    notes = ["required"] if each.key in _REQUIRED else []
+    if each.type.metavar not in ("NAME", "PATH") or " | " in each.type.allowed:
+        notes.append(each.type.allowed)
+    values = each.default if isinstance(each.default, tuple) else [each.default]
+    default = " ".join(str(int(x) if isinstance(x, bool) else plain(x)) for x in values if x is not None)
+    if default and default == each.paper:
+        notes.append(f"default and paper: {default}")
+    else:
+        notes += [f"{name}: {value}" for name, value in (("default", default), ("paper", each.paper)) if value]
     return ("" if each.in_yaml else "* ") + each.help + (f" ({'; '.join(notes)})" if notes else "")

@@ -14,6 +14,12 @@ def test_a_smaller_last_task_takes_the_rest():
     assert split_classes(3, 20, 20) == [ClassRange(0, 3)]
 
 
+def test_without_sizes_tasks_are_as_equal_as_possible():
+    for classes, sizes in {1: [1], 3: [3], 5: [2, 3], 23: [2, 2, 2, 3, 2, 2, 3, 2, 2, 3], 200: [20] * 10}.items():
+        assert [stop - start for start, stop in split_classes(classes, None, None)] == sizes
+    assert split_classes(6, 2, None) == split_classes(6, None, 2) == [(0, 2), (2, 4), (4, 6)]
+
+
 def test_natural_order_keeps_labels_and_each_task_sees_its_own_images():
     stream = array_stream([4, 5, 6, 7, 8])
     assert [tuple(stream.classes(t)) for t in range(len(stream))] == [(0, 2), (2, 4), (4, 5)]

@@ -148,8 +148,9 @@ def test_hostile_yaml_runs_nothing_and_spoils_no_message(tmp_path):
 def test_help_names_every_flag_with_range_default_and_paper():
     text = argument_parser("the choices", for_help=True).format_help()
     starts = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
-    assert sorted(starts) == sorted(f"--{key}" for key in OPTIONS)
-    assert "a number from 0 to 1; default: 0.5" in " ".join(text.split())
+    assert sorted(starts) == sorted(["--version", *(f"--{key}" for key in OPTIONS)])
+    assert "data set (required; paper: CIFAR100 and ImageNet_R)" in text
+    assert "a number from 0 to 1; default and paper: 0.5" in " ".join(text.split())
 
 
 def test_nothing_heavy_is_imported():

@@ -13,11 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.logging import setup_logging
-from utils.report.formats import compose, csv_text, latex, markdown
-from utils.report.page import html_page
-from utils.report.runs import NO_RUN, find_runs
-from utils.report.table import build_tables
+from utils.packages import missing_packages
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="log_dir of a run, or a folder of runs")
     parser.add_argument("--out", metavar="DIR", default="report", type=Path, help="for report.md, .csv, .tex and .html")
     arguments = parser.parse_args(argv)
+    if problem := missing_packages():
+        parser.error(problem)
+    # These load packages.
+    from utils.logging import setup_logging
+    from utils.report.formats import compose, csv_text, latex, markdown
+    from utils.report.page import html_page
+    from utils.report.runs import NO_RUN, find_runs
+    from utils.report.table import build_tables
+
     setup_logging(None)
     for folder in arguments.folders:
         if not folder.is_dir():
