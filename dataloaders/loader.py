@@ -84,7 +84,7 @@ class DataPipeline:
     Args:
         stream: the tasks.
         config: batch size and number of worker processes; with 0 workers the main process loads. By default there
-            are 4, and with a GPU as many as leave this process one of its cores, at most 16.
+            are as many as cores, at most 4, and with a GPU as many as leave this process one core, at most 16.
         seed: of order and augmentation.
         parallel: device of the batches, and which of how many processes this one is.
 
@@ -111,7 +111,7 @@ class DataPipeline:
         self._closing = multiprocessing.Event()
         # Python ends workers that are left at its exit by SIGTERM, which they must obey then.
         atexit.register(self._closing.set)
-        workers = 4 if config.workers is None else config.workers
+        workers = min(os.cpu_count() or 1, 4) if config.workers is None else config.workers
         if config.workers is None and parallel.device.type == "cuda":
             cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             workers = min(max(cores - 1, 1), 16)

@@ -62,8 +62,9 @@ def check(config: Config, invalid: Collection[str] = ()) -> list[str]:
     if not {"gpuid", "batch_size", "accumulate"} & set(invalid):
         problems += _batch_problems(config)
     problems += _path_problems(config)
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        problems.append("--tensorboard needs a package that is missing: pip install tensorboard")
+    for name in ("tensorboard", "wandb"):
+        if getattr(config, name) and importlib.util.find_spec(name) is None:
+            problems.append(f"--{name} needs a package that is missing: pip install {name}")
     for flag, table in _TABLES.items():
         try:
             if (name := OPTIONS[flag].value(config)) is not None:

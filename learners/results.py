@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,13 +163,13 @@ def tasks_done(folder: RunFolder) -> int:
 
 
 def log_summary(folder: RunFolder) -> None:
-    """Log the speed, the table of measures, and the original's summary lines, which end the log."""
-    metrics = folder.read_json(METRICS)
-    for line in speed_lines(folder.read_json(TIMING)["speed"]):
-        _log.info("%s", line)
+    """Log the table of measures and what to do next; in output.log the original's summary lines follow."""
+    metrics, place = folder.read_json(METRICS), shlex.quote(str(folder.root))
     _log.info("\n%s\n", summary_table(metrics["teacher"], metrics["student"]))
+    _log.info("Accuracies, pictures and models are in %s. Next, for example:", folder.root)
+    _log.info("  python run.py --log_dir %s --predict IMAGES\n  python -m utils.report %s", place, place)
     for line in summary_lines(metrics["student"]):
-        _log.info("%s", line, extra={"bare": True})
+        _log.debug("%s", line, extra={"bare": True})
 
 
 def data_info(config: Config, run: Run) -> dict[str, Any]:

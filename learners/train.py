@@ -26,7 +26,7 @@ from learners.teacher_cache import TeacherCache
 from learners.trainer import Trainer
 from utils.checkpoint import LOG, METRICS, RunFolder, RunFolderError, differing_settings, is_finished, open_run
 from utils.config import Config
-from utils.logging import Progress, environment, open_tensorboard, setup_logging
+from utils.logging import Progress, environment, open_trackers, setup_logging
 from utils.parallel import build_parallel, is_main_process, leave_group, lost_process
 
 _log = logging.getLogger(__name__)
@@ -73,10 +73,9 @@ def train(config: Config) -> int:
             bars = None if folder and not config.no_progress else False
             progress = Progress(bars, objects.num_tasks, roles=objects.learner.roles)
             stack.callback(progress.close)
-            tensorboard = None
-            if folder and config.tensorboard:
-                tensorboard = stack.enter_context(open_tensorboard(config.log_dir / "tensorboard"))
-            trainer = Trainer(config, objects, folder, signals, progress, tensorboard, teachers)
+            asked = {"tensorboard": folder and config.tensorboard, "wandb": folder and config.wandb}
+            trackers = open_trackers(config.log_dir, config.settings_hash(), config.result_settings(), **asked)
+            trainer = Trainer(config, objects, folder, signals, progress, stack.enter_context(trackers), teachers)
             signals.finish_steps()
             trainer.learn(parallel.broadcast(state))
             if folder:
@@ -136,17 +135,19 @@ def _log_start(config: Config, objects: Run) -> None:
     """Log settings, versions and hardware; the console shows only what a person looks for."""
     _log.debug("Settings: %s", json.dumps(config.to_yaml_dict()))
     _log.debug("Environment: %s", json.dumps(environment()))
-    for key in config.without_effect:
-        _log.warning("%s is accepted from the original's configurations and has no effect", key)
+    if keys := config.without_effect:
+        _log.warning("accepted from the original's configurations, without effect: %s", ", ".join(keys))
     in_parts = config.accumulate > 1 or objects.parallel.world_size > 1 or len(config.gpuid or ()) > 1
     if in_parts and not objects.learner.distiller.mean_over_images:
         only = "here only those of the same device and part of a batch (--gpuid, --accumulate)"
         _log.warning("%s compares images with each other, %s", config.distill.method, only)
     for role, backbone in objects.backbones.items():
-        _log.info("%s backbone: %s (sha256 %s)", role.capitalize(), backbone.tag, backbone.sha256)
+        _log.info("%s: %s (sha256 %s)", role.capitalize(), backbone.tag, backbone.sha256)
+    seen, classes = objects.stream.classes(objects.num_tasks - 1).stop, objects.stream.num_classes
     _log.info(
-        f"{config.data.dataset}: {objects.num_tasks} tasks, {objects.stream.num_classes} classes; {config.learner_name}"
-        f" + {config.distill.method} on {objects.parallel.device}; results in {config.log_dir}"
+        f"{config.data.dataset}: {objects.num_tasks} {'task' if objects.num_tasks == 1 else 'tasks'},"
+        f" {classes if seen == classes else f'{seen} of {classes}'} classes; {config.learner_name}"
+        f" + {config.distill.method} on {objects.parallel.device}"
     )
 
 

@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from learners.teacher_cache import TeacherCache
 from utils.checkpoint import RunFolder, to_bytes
 from utils.config import Config
 from utils.logging import Progress
+from utils.metrics import AccuracyMatrix
 
 EVALUATION = "evaluation"
 
@@ -44,8 +45,8 @@ class Position(NamedTuple):
 class Trainer:
     """Teach a learner all tasks of a stream; a state is saved after every epoch.
 
-    ``folder``, and ``teachers`` of ``--teacher_from``, are None on processes that do not write; ``tensorboard``, a
-    SummaryWriter for the means of each epoch, is None unless it is asked for.
+    ``folder``, and ``teachers`` of ``--teacher_from``, are None on processes that do not write; ``track`` gets the
+    means of each epoch and the measures after each task (see :func:`utils.logging.open_trackers`).
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Trainer:
         folder: RunFolder | None,
         signals: Signals,
         progress: Progress,
-        tensorboard: Any,
+        track: Callable[[str, int, Mapping[str, float]], None],
         teachers: TeacherCache | None,
     ) -> None:
         self.config = config
@@ -64,7 +65,7 @@ class Trainer:
         self.folder = folder
         self.signals = signals
         self.progress = progress
-        self.tensorboard = tensorboard
+        self.track = track
         self.teachers = teachers
         self.history = History()
         self.roles = (*run.learner.roles, EVALUATION)
@@ -190,9 +191,8 @@ class Trainer:
         self.history.add_epoch(here.role, here.task, here.epoch, means)
         seconds, images = time.monotonic() - started, meter.images - images_before
         self.history.add_time(here.task, here.role, seconds, self.data.waited - waited, images)
-        for name, value in means.items() if self.tensorboard else ():
-            epoch = here.task * self.config.optim.epochs + here.epoch
-            self.tensorboard.add_scalar(f"{here.role}/{name}", value, epoch)
+        epoch = here.task * self.config.optim.epochs + here.epoch + 1
+        self.track("epoch", epoch, {f"{here.role}/{name}": value for name, value in means.items()})
 
     def _evaluate(self, here: Position) -> Position:
         """Measure both models on all tasks seen; write models and results, then the state that follows."""
@@ -203,8 +203,12 @@ class Trainer:
         self.history.add_evaluation(here.task, rows, usage)
         self.history.add_time(here.task, EVALUATION, seconds, self.data.waited - waited, images)
         for role, row in rows.items():
-            mean = sum(row) / len(row)
+            matrix = AccuracyMatrix(self.history.accuracy[role])
+            mean = matrix.final_average_accuracy
             _log.info("After task %d/%d the %s's accuracy is %.2f %%", here.task + 1, self.run.num_tasks, role, mean)
+            numbers = {f"{role}/average accuracy": mean, f"{role}/forgetting": matrix.forgetting}
+            numbers |= {f"{role}, accuracy by task/{past}": value for past, value in enumerate(row, 1)}
+            self.track("task", here.task + 1, numbers)
         if self.folder is not None:
             for role, tensors in self._models().items():
                 self.folder.write(model_file(role, here.task), to_bytes(tensors))

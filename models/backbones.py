@@ -91,7 +91,7 @@ def load_backbone(
     if normalize and hasattr(vit, "pretrained_cfg"):  # the project's own have none
         prompted.normalize(vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
     tag = full if weights is None else full.partition(".")[0]
-    _log.info("weights of %s from %s", tag, path)
+    _log.debug("weights of %s from %s", tag, path)
     return Backbone(prompted, tag, sha256_of(path))
 
 

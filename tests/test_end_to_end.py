@@ -1,5 +1,6 @@
 """Every learner and every KD method through ``run.py``, two tasks on small images."""
 
+import importlib
 import json
 import math
 import subprocess
@@ -64,7 +65,8 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(config, tmp_path)
     argv = runs.arguments(config, tmp_path / "a", *flags)
     done = subprocess.run([sys.executable, "run.py", *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "===Summary of student experiment===" in done.stdout
+    assert done.stdout.endswith(f"  python -m utils.report {tmp_path}/a\n") and done.stdout.count("Forgetting (p") == 1
+    assert len(set(lines := [line for line in done.stdout.splitlines() if line.strip("-")])) == len(lines)
     assert run.main(runs.arguments(config, tmp_path / "b", *flags)) == 0
     assert runs.results(tmp_path / "a") == runs.results(tmp_path / "b")
     assert {"Results/losses.png", "models/task-2/T_class.pth"} <= set(runs.results(tmp_path / "a"))
@@ -78,6 +80,30 @@ def test_another_seed_gives_other_results_and_a_shuffled_order_the_same_data(con
         assert runs.results(a)[name] != runs.results(b)[name]
     one, other = (json.loads((folder / "Results/metrics.json").read_text())["data"] for folder in (a, b))
     assert one == other
+
+
+def test_tensorboard_and_wandb_get_the_same_numbers(config, tmp_path, monkeypatch):
+    stand_in = "from unittest.mock import MagicMock; init = SummaryWriter = MagicMock()"
+    for name in ("wandb", "tensorboard"):
+        (tmp_path / f"{name}.py").write_text(stand_in)
+    monkeypatch.syspath_prepend(tmp_path)
+    wandb, tensorboard = (importlib.import_module(name) for name in ("wandb", "tensorboard"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    folder = runs.finish(config, tmp_path / "run", "--max_task", 2, "--schedule", 1, "--tensorboard", "--wandb")
+    student = json.loads((folder / "Results/metrics.json").read_text())["student"]
+    writer = tensorboard.SummaryWriter.return_value.__enter__.return_value
+    written = {(name, place): value for name, value, place in (call.args for call in writer.add_scalar.mock_calls)}
+    for axis in ("epoch", "task"):
+        sent = [call.args[0] for call in wandb.init.return_value.__enter__.return_value.log.mock_calls]
+        for numbers in (numbers for numbers in sent if axis in numbers):
+            place = numbers.pop(axis)
+            assert all(written.pop((name, place)) == value for name, value in numbers.items())
+    assert not written
+    settings, final = writer.add_hparams.call_args.args
+    assert settings["lr"] == 0.01 and settings == {**wandb.init.call_args.kwargs["config"], **settings}
+    assert final["final/student/average accuracy"] == pytest.approx(student["final_average_accuracy"])
+    assert final["final/student/forgetting"] == pytest.approx(student["forgetting"])
+    assert final["final/teacher, accuracy by task/1"] >= 0
 
 
 def test_settings_are_a_configuration(config, tmp_path):

@@ -279,7 +279,10 @@ class DataConfig:
     )
     batch_size: int = option(64, whole(1), TRAINING, "images per step, on all devices", paper="64, with ViT-Large 32")
     workers: int | None = neutral(
-        None, whole(0), DATA, "processes that load data, 0: the main one; default: by the cores with a GPU, 4 without"
+        None,
+        whole(0),
+        DATA,
+        "processes that load data, 0: the main one; default: at most 16 with a GPU, 4 without",
     )
 
 
@@ -396,7 +399,8 @@ class Config:
     accumulate: int = neutral(1, whole(1), DEVICES, "split each batch into this many parts, to save memory")
 
     no_progress: bool = neutral(False, SWITCH, LOGGING, "plain lines instead of progress bars")
-    tensorboard: bool = neutral(False, SWITCH, LOGGING, "also write TensorBoard files")
+    tensorboard: bool = neutral(False, SWITCH, LOGGING, "also write TensorBoard files to log_dir/tensorboard")
+    wandb: bool = neutral(False, SWITCH, LOGGING, "also send the same numbers to Weights & Biases")
     log_interval: int = neutral(10, whole(1), LOGGING, "steps between two readings of the losses")
 
     export: Path | None = flag(None, path("a file .safetensors or .pt2"), USE, "write log_dir's student to this file")

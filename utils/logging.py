@@ -1,4 +1,4 @@
-"""What a run tells while it runs: output.log, the console, progress bars and TensorBoard.
+"""What a run tells while it runs: output.log, the console, progress bars, TensorBoard, Weights & Biases.
 
 Modules log through ``logging.getLogger(__name__)``. INFO goes to the console and to output.log, DEBUG to output.log
 only (one line per epoch), so that the file is complete and the console short.
@@ -6,6 +6,7 @@ only (one line per epoch), so that the file is complete and the console short.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -14,7 +15,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,39 @@ def peak_memory_mb() -> dict[str, float]:
     return {device: round(mebibytes, 1) for device, mebibytes in used.items() if mebibytes}
 
 
-def open_tensorboard(log_dir: Path) -> Any:
-    """A TensorBoard SummaryWriter for ``log_dir``."""
-    from torch.utils.tensorboard import SummaryWriter  # a package that few installations have
+@contextlib.contextmanager
+def open_trackers(
+    log_dir: Path, run_id: str, settings: Mapping[str, Any], *, tensorboard: bool, wandb: bool
+) -> Iterator[Callable[[str, int, Mapping[str, float]], None]]:
+    """A function that sends numbers to TensorBoard and to Weights & Biases, as far as they are asked for.
 
-    return SummaryWriter(str(log_dir))
+    It takes an axis, ``"epoch"`` or ``"task"``, the place on it, and the numbers by name. The settings become
+    hyperparameters, with the numbers of the last task as their results.
+    """
+    final: dict[str, float] = {}
+    with contextlib.ExitStack() as stack:
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # these two are packages that few installations have
+
+            writer = stack.enter_context(SummaryWriter(str(log_dir / "tensorboard")))
+        if wandb:
+            from wandb import init
+
+            about = {"project": "continual-distillation", "dir": str(log_dir), "config": settings}
+            online = stack.enter_context(init(**about, id=run_id, resume="allow"))
+
+        def send(axis: str, place: int, numbers: Mapping[str, float]) -> None:
+            for name, value in numbers.items() if tensorboard else ():
+                writer.add_scalar(name, value, place)
+            if wandb:
+                online.log({axis: place, **numbers})
+            if axis == "task":
+                final.update({f"final/{name}": value for name, value in numbers.items()})
+
+        yield send
+        if tensorboard:
+            plain = {name: x if isinstance(x, (bool, int, float)) else str(x) for name, x in settings.items()}
+            writer.add_hparams(plain, final, run_name=".")
 
 
 def duration(seconds: float) -> str:

@@ -94,6 +94,7 @@ def test_an_epoch_begins_while_the_one_before_is_used(stream, workers, monkeypat
 def test_default_number_of_workers(monkeypatch):
     """By the cores that this process has for itself when there is a GPU to feed."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     for device, group, workers in [("cpu", "1", 4), ("cuda", "1", 7), ("cuda", "4", 1), ("cuda", "16", 1)]:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", group)
         where = Parallel(torch.device(device))
