@@ -47,13 +47,13 @@ def test_imports_go_one_way(path):
 
 
 def test_only_known_packages_are_needed():
-    """Nothing is imported that requirements.txt does not list; only TensorBoard is a matter of choice."""
+    """Nothing is imported that requirements.txt does not list; only TensorBoard and wandb are a matter of choice."""
     requirements = (ROOT / "requirements.txt").read_text()
     distributions = {"PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "timm"}
     for path in [ROOT / "run.py", *MODULES]:
         for module in imports(ast.parse(path.read_text())):
             package = module.split(".")[0]
-            if package not in (*PACKAGES, "run") and package not in sys.stdlib_module_names:
+            if package not in (*PACKAGES, "run", "wandb") and package not in sys.stdlib_module_names:
                 wanted = distributions.get(package, package)
                 assert wanted.lower() in requirements.lower(), f"{name_of(path)} needs {package}"
 

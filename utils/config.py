@@ -221,7 +221,12 @@ class DistillConfig:
     """The KD method and its parameters."""
 
     method: str = option(
-        "KD", text("a KD method"), METHOD, "how the student is taught", key="KD_method", paper="all below"
+        "KD",
+        text("a KD method"),
+        METHOD,
+        "how the student is taught",
+        key="KD_method",
+        paper="none, the first five below",
     )
     prompt_param: tuple[int, int] = option(
         (5, 6),
