@@ -44,6 +44,10 @@ def _summarize(folder: RunFolder, seeds: range) -> None:
     runs = [folder.read_json(f"seed-{seed}/{METRICS}") for seed in seeds]
     summary = {role: aggregate([run[role] for run in runs]) for role in ("teacher", "student") if runs[0][role]}
     text = json.dumps({"seeds": list(seeds), **summary}, indent=1, sort_keys=True) + "\n"
+    from utils import plots  # here, as it loads matplotlib
+
+    for name, picture in plots.draw_repeat(runs).items():
+        folder.write(name, picture)
     folder.write(SUMMARY, text.encode())
     _log.info("\n%d seeds (%d to %d), mean ± standard deviation:", len(runs), seeds[0], seeds[-1])
     for role, measures in summary.items():

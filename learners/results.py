@@ -86,6 +86,7 @@ def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
         "settings": settings,
         "settings_hash": config.settings_hash(),
         "num_tasks": run.num_tasks,
+        "stream_tasks": len(stream),  # more where --max_task cuts the run
         "tasks_done": done,
         "classes": [list(stream.classes(task)) for task in range(run.num_tasks)],
         "data": {  # differs for another data set of the same name, but not for another seed or order of classes
@@ -100,6 +101,7 @@ def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
         "parameters": run.learner.parameter_counts(),
         "losses": history.losses,
         "prompt_usage": history.usage,
+        "prompts_per_task": run.learner.student.prompt.per_task,
     }
 
 

@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from utils.metrics import mean_std
 
 _STYLE = {
     "teacher": {"color": "#0072B2", "marker": "s", "linestyle": "--"},
@@ -28,34 +31,52 @@ _OKABE_ITO = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", 
 _TOTAL = "loss"
 _TERMS = {_TOTAL: "total", "ce": "cross-entropy", "distill": "distillation", "feature": "features", "prompt": "prompts"}
 _NO_LOSSES = {"accuracy", "gradient"}
+_MARKERS = "xosD^v*"
+_COLUMN = 3.5  # inches, the width of a column of a paper: text keeps its size of 8 pt there
 _RC = {
-    "axes.titlesize": 11,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "legend.fontsize": 7,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
+    "grid.linewidth": 0.5,
     "axes.axisbelow": True,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 3.5,
     "legend.frameon": False,
-    "savefig.dpi": 130,
+    "savefig.dpi": 220,
+    "pdf.fonttype": 42,  # letters stay text
     "figure.constrained_layout.use": True,
     "text.parse_math": False,  # names with a dollar sign are names
 }
+# Nothing that differs between two equal pictures.
+_METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
 
 
 def draw(metrics: Mapping[str, Any]) -> dict[str, bytes]:
-    """The pictures of one run, from the content of metrics.json.
+    """The pictures of one run, from the content of metrics.json, each as PNG and as PDF.
 
-    accuracy.png and accuracy_matrix.png; losses.png and prompt_usage.png where there is something to show.
+    accuracy and accuracy_matrix; losses and prompt_usage where there is something to show.
     """
-    figures = {"accuracy.png": _accuracy, "accuracy_matrix.png": _matrices}
+    curves = {role: [metrics[role]["average_accuracy"]] for role in _roles(metrics)}
+    figures = {
+        "accuracy": (draw_curves, _title(metrics), curves, metrics["num_tasks"]),
+        "accuracy_matrix": (_matrices, metrics),
+    }
     if _roles(metrics["losses"]):
-        figures["losses.png"] = _losses
+        figures["losses"] = (_losses, metrics)
     if any(task for role in _roles(metrics["prompt_usage"]) for task in metrics["prompt_usage"][role]):
-        figures["prompt_usage.png"] = _prompt_usage
-    return {name: png(figure, metrics) for name, figure in figures.items()}
+        figures["prompt_usage"] = (_prompt_usage, metrics)
+    return {f"{name}.{ending}": data for name, of in figures.items() for ending, data in render(*of).items()}
+
+
+def draw_repeat(runs: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+    """accuracy.png and accuracy.pdf over the seeds of ``--repeat``, from the content of each one's metrics.json."""
+    curves = {role: [run[role]["average_accuracy"] for run in runs] for role in _roles(runs[0])}
+    title = _title(runs[0]).replace(f"seed {runs[0]['seed']}", f"{len(runs)} seeds, mean ± standard deviation")
+    return {f"accuracy.{of}": data for of, data in render(draw_curves, title, curves, runs[0]["num_tasks"]).items()}
 
 
 def accuracy_limits(curves: Iterable[Sequence[float]]) -> tuple[float, float]:
@@ -68,16 +89,17 @@ def accuracy_limits(curves: Iterable[Sequence[float]]) -> tuple[float, float]:
     return max(middle - half, -1.0), min(middle + half, 101.0)
 
 
-def png(make_figure: Callable[..., Figure], *arguments: Any) -> bytes:
-    """The bytes of the figure that ``make_figure(*arguments)`` makes."""
+def render(make_figure: Callable[..., Figure], *arguments: Any, endings: Sequence[str] = ("png", "pdf")) -> dict:
+    """The bytes of the figure that ``make_figure(*arguments)`` makes, in each format."""
+    data = {ending: io.BytesIO() for ending in endings}
     with style.context(["default", _RC]):
         figure = make_figure(*arguments)
         # Laid out once: with a layout engine set, savefig would lay out and draw everything twice.
         figure.get_layout_engine().execute(figure)
         figure.set_layout_engine("none")
-        data = io.BytesIO()
-        figure.savefig(data, format="png", metadata={"Software": None})
-    return data.getvalue()
+        for ending, file in data.items():
+            figure.savefig(file, format=ending, metadata=_METADATA[ending])
+    return {ending: file.getvalue() for ending, file in data.items()}
 
 
 def _roles(part: Mapping[str, Any]) -> list[str]:
@@ -97,47 +119,48 @@ def _whole_numbers(most: int) -> MaxNLocator:
 
 def _task_axis(axes: Axes, tasks: int, label: str) -> None:
     axes.set(xlim=(0.5, tasks + 0.5), xlabel=label)
-    axes.xaxis.set_major_locator(_whole_numbers(20))
+    axes.xaxis.set_major_locator(_whole_numbers(10))
 
 
-def _accuracy(metrics: Mapping[str, Any]) -> Figure:
-    axes = Figure(figsize=(6.4, 4.0)).subplots()
-    curves = {role: metrics[role]["average_accuracy"] for role in _roles(metrics)}
-    for role, values in curves.items():
-        label = f"{role}, {values[-1]:.1f} % at the end"
-        axes.plot(range(1, len(values) + 1), values, label=label, **_STYLE[role])
-    _task_axis(axes, metrics["num_tasks"], "Tasks learned")
-    limits = accuracy_limits(curves.values())
-    axes.set(title=_title(metrics), ylabel="Mean accuracy on all tasks seen (%)", ylim=limits)
-    axes.legend()
-    return axes.figure
+def _figure(height: float, title: str) -> Figure:
+    """A figure as wide as a column, with a title in as many lines as it takes."""
+    figure = Figure(figsize=(_COLUMN, height))
+    figure.suptitle(textwrap.fill(title, 58), fontsize=8)
+    return figure
 
 
 def draw_curves(
-    title: str, curves: Mapping[str, Sequence[Sequence[float]]], limits: tuple[float, float], tasks: int
+    title: str,
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    tasks: int,
+    limits: tuple[float, float] = (-1.0, 101.0),
 ) -> Figure:
-    """acc_i over the tasks of several runs: every run thin, the mean of the complete ones thick.
+    """acc_i over the tasks: for each name the mean of its complete runs, with their standard deviation as a band.
 
     Args:
-        curves: by role, one list of acc_i (%) per run; shorter than ``tasks`` for an unfinished one.
-        limits, tasks: range (%) of the accuracy axis and length of the task axis; equal in pictures to be compared.
+        curves: by role or KD method, one list of acc_i (%) per run; shorter than ``tasks`` for an unfinished one.
+        limits: range (%) of the accuracy axis.
     """
-    axes = Figure(figsize=(4.4, 3.1)).subplots()
-    for role in _roles(curves):
-        runs, look = curves[role], _STYLE[role]
-        for values in runs:
-            marker = look["marker"] if len(values) == 1 else None
-            thin = {"color": look["color"], "linewidth": 0.8, "alpha": 0.55, "marker": marker, "markersize": 3}
-            axes.plot(range(1, len(values) + 1), values, **thin)
-        complete = [values for values in runs if len(values) == tasks]
-        mean = [statistics.fmean(values) for values in zip(*(complete or runs), strict=False)]
-        counted = "the complete run" if len(complete) == 1 else f"mean of {len(complete or runs)}"
-        label = role if len(runs) == 1 else f"{role}, {counted}"
-        axes.plot(range(1, len(mean) + 1), mean, label=label, **look)
+    figure = _figure(2.4 + 0.08 * len(curves), title)
+    axes = figure.subplots()
+    for number, (name, runs) in enumerate(curves.items()):
+        used = [values for values in runs if len(values) == tasks] or runs
+        means, deviations = zip(*(mean_std(values) for values in zip(*used, strict=False)), strict=True)
+        look = {"marker": _MARKERS[number % 7], "color": _OKABE_ITO[number % 7], "linestyle": "-"}
+        look |= _STYLE.get(name, {"linestyle": ":"} if name == "none" else {})
+        spread = "" if deviations[-1] is None else f" ± {deviations[-1]:.1f}"
+        cut = "" if len(means) == tasks else f" after {len(means)} of {tasks} tasks"
+        places = range(1, len(means) + 1)
+        axes.plot(places, means, label=f"{name}: {means[-1]:.1f}{spread} %{cut}", **look)
+        if spread and len(curves) <= 2:  # more bands hide one another
+            edges = zip(
+                *((mean - each, mean + each) for mean, each in zip(means, deviations, strict=True)), strict=True
+            )
+            axes.fill_between(places, *edges, color=look["color"], alpha=0.2, linewidth=0)
     _task_axis(axes, tasks, "Tasks learned")
-    axes.set(title=title, ylabel="Accuracy on tasks seen (%)", ylim=limits)
-    axes.legend(fontsize=9)
-    return axes.figure
+    axes.set(ylabel="Accuracy on tasks seen (%)", ylim=limits)
+    figure.legend(loc="outside lower center", ncols=1 if len(curves) < 3 else 2)
+    return figure
 
 
 def _heat_map(axes: Axes, rows: Sequence[Sequence[float]], size: tuple[int, int], **options: Any) -> Any:
@@ -150,23 +173,20 @@ def _heat_map(axes: Axes, rows: Sequence[Sequence[float]], size: tuple[int, int]
 
 def _matrices(metrics: Mapping[str, Any]) -> Figure:
     roles, tasks = _roles(metrics), metrics["num_tasks"]
-    side = min(max(0.45 * tasks, 3.2), 7.0)  # inches
-    figure = Figure(figsize=(0.6 + len(roles) * (side + 0.6), side + 1.0))
-    figure.suptitle(_title(metrics))
-    panels = figure.subplots(1, len(roles), squeeze=False)[0]
+    figure = _figure(0.3 + 3.0 * len(roles), _title(metrics))
+    panels = figure.subplots(len(roles), 1, squeeze=False)[:, 0]
     for axes, role in zip(panels, roles, strict=True):
         rows = metrics[role]["accuracy_matrix"]
         image = _heat_map(axes, rows, (tasks, tasks), vmin=0, vmax=100)
-        cell = {"ha": "center", "va": "center", "fontsize": min(10, 24 * side / tasks)}
+        cell = {"ha": "center", "va": "center", "fontsize": min(8, 64 / tasks)}
         for i, row in enumerate(rows, 1):
-            for j, value in enumerate(row, 1):
+            for j, value in enumerate(row if tasks <= 12 else (), 1):  # more would be too small to read
                 axes.text(j, i, f"{value:.0f}", color="black" if value > 60 else "white", **cell)
         accuracy, forgetting = metrics[role]["final_average_accuracy"], metrics[role]["forgetting"]
-        title = f"{role}: {accuracy:.1f} %, forgetting {forgetting:.1f} points"
-        axes.set(title=title, ylabel="After learning task")
+        axes.set(title=f"{role}: {accuracy:.1f} %, forgetting {forgetting:.1f} points", ylabel="After learning task")
         _task_axis(axes, tasks, "Evaluated on task")
-        axes.yaxis.set_major_locator(_whole_numbers(20))
-    figure.colorbar(image, ax=list(panels), label="Accuracy (%)", shrink=0.9)
+        axes.yaxis.set_major_locator(_whole_numbers(10))
+    figure.colorbar(image, ax=list(panels), label="Accuracy (%)", aspect=40)
     return figure
 
 
@@ -174,8 +194,7 @@ def _losses(metrics: Mapping[str, Any]) -> Figure:
     roles = _roles(metrics["losses"])
     terms = {role: _loss_terms(metrics["losses"][role]) for role in roles}
     colors = dict(zip(_total_first(itertools.chain(*terms.values())), itertools.cycle(_OKABE_ITO), strict=False))
-    figure = Figure(figsize=(9.0, 0.7 + 2.7 * len(roles)))
-    figure.suptitle(_title(metrics))
+    figure = _figure(0.5 + 1.9 * len(roles), _title(metrics))
     for axes, role in zip(figure.subplots(len(roles), 1, squeeze=False)[:, 0], roles, strict=True):
         tasks = metrics["losses"][role]
         epochs = [epoch for task in tasks for epoch in (*task, {})]  # {} is the gap between two tasks
@@ -184,11 +203,11 @@ def _losses(metrics: Mapping[str, Any]) -> Figure:
         marker = "." if sum(map(len, tasks)) <= 60 or max(map(len, tasks)) == 1 else None
         for term in terms[role]:
             ys = [epoch.get(term) for epoch in epochs]
-            axes.plot(xs, ys, label=_TERMS.get(term, term), color=colors[term], linewidth=1.3, marker=marker)
+            axes.plot(xs, ys, label=_TERMS.get(term, term), color=colors[term], linewidth=0.9, marker=marker)
         _epoch_axis(axes, [len(task) for task in tasks])
         axes.set_title(role, loc="left")
         axes.set_ylabel("Mean loss of an epoch")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.legend(loc="upper right", ncols=2)
     return figure
 
 
@@ -223,35 +242,49 @@ def _epoch_axis(axes: Axes, epochs: Sequence[int]) -> None:
 
 
 def _prompt_usage(metrics: Mapping[str, Any]) -> Figure:
-    roles, tasks = _roles(metrics["prompt_usage"]), metrics["num_tasks"]
+    """How much of a task's use of the pool goes to entries of earlier tasks; below, the use of one block's entries."""
+    roles, tasks, own = _roles(metrics["prompt_usage"]), metrics["num_tasks"], metrics["prompts_per_task"]
     usage = {role: metrics["prompt_usage"][role] for role in roles}
-    layers = list(dict.fromkeys(layer for role in roles for task in usage[role] for layer in task))
-    rows = {(layer, role): [task[layer] for task in usage[role] if layer in task] for layer in layers for role in roles}
-    all_rows = [row for panel in rows.values() for row in panel]
-    largest = max(abs(value) for row in all_rows for value in row) or 1.0
-    # Weights have a sign and a zero in the middle; shares of choices start at 0. One scale for all panels.
-    signed = any(value < 0 for row in all_rows for value in row)
+    layer = next(layer for role in roles for task in usage[role] for layer in task)  # the first, which all models have
+    rows = {role: [task[layer] for task in usage[role] if layer in task] for role in roles}
+    label, of = (
+        ("Share of images", "choices") if _are_shares(itertools.chain(*rows.values())) else ("Weight", "weights")
+    )
+    which = "prompts of earlier tasks" if own else "prompts that earlier tasks used"
+    figure = _figure(2.2 + 1.3 * len(roles), f"{_title(metrics)}: share of a task's {of} that goes to {which}")
+    top, *panels = figure.subplots(1 + len(roles), 1, height_ratios=[1.4, *[1] * len(roles)])
+    for role in roles:
+        blocks = [[task[layer] for task in usage[role]] for layer in usage[role][-1]]
+        shares = [statistics.fmean(task) for task in zip(*(_earlier(block, own) for block in blocks), strict=True)]
+        top.plot(range(1, len(shares) + 1), shares, label=role, **_STYLE[role])
+    _task_axis(top, tasks, "Task")
+    top.set(ylim=(-2, 102), ylabel="Mean over blocks (%)")
+    top.legend(loc="lower right")
+    values = list(itertools.chain(*itertools.chain(*rows.values())))
+    largest, signed = max(map(abs, values)) or 1.0, min(values) < 0
+    # Weights have a sign and a zero in the middle; shares of choices start at 0. One scale for both models.
     scale = {"cmap": "PuOr" if signed else "viridis", "vmin": -largest if signed else 0.0, "vmax": largest}
-    label, of = ("Share of images", " that choose") if _are_shares(all_rows) else ("Mean weight", " of")
-    height = 1.1 + (0.55 + min(max(0.16 * tasks, 0.6), 2.4)) * len(layers)
-    figure = Figure(figsize=(1.6 + 4.6 * len(roles), height))
-    figure.suptitle(f"{_title(metrics)}\n{label}{of} each prompt, test images of the task just learned")
-    panels = figure.subplots(len(layers), len(roles), squeeze=False)
-    for axes, (layer, role) in zip(panels.flat, rows, strict=True):
-        if not rows[layer, role]:  # a shallow student lacks the deepest blocks of its teacher
-            axes.set_axis_off()
-            continue
-        pool = max(map(len, rows[layer, role]))
-        image = _heat_map(axes, rows[layer, role], (tasks, pool), aspect="auto", interpolation="nearest", **scale)
-        axes.xaxis.set_major_locator(_whole_numbers(11))
+    for axes, (role, of_tasks) in zip(panels, rows.items(), strict=True):
+        size = (tasks, max(map(len, of_tasks)))
+        image = _heat_map(axes, of_tasks, size, aspect="auto", interpolation="nearest", **scale)
+        axes.xaxis.set_major_locator(_whole_numbers(10))
         axes.yaxis.set_major_locator(_whole_numbers(6))
-        axes.set_title(f"{role}, {layer}", loc="left")
-        if layer == [layer for layer in layers if rows[layer, role]][-1]:
-            axes.set_xlabel("Prompt of the pool")
-        if role == roles[0]:
-            axes.set_ylabel("After task")
-    figure.colorbar(image, ax=panels, label=label, fraction=0.03, pad=0.02, aspect=30)
+        axes.set(title=f"{role}, {layer}", xlabel="Prompt of the pool", ylabel="After task")
+    figure.colorbar(image, ax=panels, label=label, aspect=30)
     return figure
+
+
+def _earlier(rows: Sequence[Sequence[float]], per_task: int) -> list[float]:
+    """The share (%) of each task's row that is in the ``per_task`` entries of each earlier task.
+
+    With 0, in those that are not 0 in an earlier row.
+    """
+    used, shares = set(), []
+    for task, row in enumerate(rows):
+        earlier = row[: task * per_task] if per_task else [row[j] for j in used]
+        shares.append(100 * sum(map(abs, earlier)) / (sum(map(abs, row)) or 1.0))
+        used |= {j for j, value in enumerate(row) if value}
+    return shares
 
 
 def _are_shares(rows: Iterable[Sequence[float]]) -> bool:

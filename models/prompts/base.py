@@ -40,9 +40,11 @@ class PromptPool(nn.Module):
 
     Attributes:
         needs_query: False for prompts that do not depend on the image: no query is computed, and it is None.
+        per_task: how many entries, in order, each task has of its own; 0 if tasks share them.
     """
 
     needs_query: ClassVar[bool] = True
+    per_task: int = 0
 
     def __init__(self, dims: PromptDims) -> None:
         super().__init__()

@@ -19,6 +19,8 @@ class DualPrompt(PromptPool):
         g_length: length of a G prompt, likewise.
     """
 
+    per_task = 1
+
     def __init__(self, *, pool: int, e_length: int, g_length: int, dims: PromptDims) -> None:
         super().__init__(dims)
         self.g_layers = self.blocks(range(2))

@@ -18,7 +18,9 @@ SETTINGS = {
 }
 
 
-def fake_metrics(student, teacher=None, *, num_tasks=None, data=DATA, losses=None, prompt_usage=None, **settings):
+def fake_metrics(
+    student, teacher=None, *, num_tasks=None, stream_tasks=None, data=DATA, losses=None, prompt_usage=None, **settings
+):
     """The content of metrics.json for two lists of accuracy rows; ``settings`` override SETTINGS."""
     settings = {**SETTINGS, **settings}
     names = {key: settings[key] for key in ("dataset", "learner_name", "KD_method", "t_model", "s_model")}
@@ -28,9 +30,11 @@ def fake_metrics(student, teacher=None, *, num_tasks=None, data=DATA, losses=Non
         "seed": settings["random_s"],
         "settings": settings,
         "num_tasks": num_tasks or len(student),
+        "stream_tasks": stream_tasks or num_tasks or len(student),
         "data": data,
         "teacher": None if teacher is None else AccuracyMatrix(teacher).to_dict(),
         "student": AccuracyMatrix(student).to_dict(),
         "losses": losses or {},
         "prompt_usage": prompt_usage or {},
+        "prompts_per_task": 1,
     }

@@ -20,7 +20,7 @@ PAPERS = {"dataset": "CIFAR100", "tasks": 10, "t_model": "vit_base_patch16_224",
 def no_pictures(request, monkeypatch):
     """Drawing takes most of a report's time, so only the page in a browser has pictures."""
     if "browser" not in request.node.name:
-        monkeypatch.setattr("utils.report.page.png", lambda *arguments: b"picture")
+        monkeypatch.setattr("utils.report.page.render", lambda *arguments, endings: {"png": b"picture"})
 
 
 def put(folder, *, final=60.0, tasks=2, done=None, method="KD", seed=1, **changes):
@@ -132,6 +132,17 @@ def test_unfinished_runs_are_marked_and_do_not_count(tmp_path):
         assert "1:01:40 (student only)" in text  # the teacher is another run's
 
 
+def test_cut_runs_are_marked_and_shared_settings_are_in_one_line(tmp_path):
+    for seed, lr in ((1, 0.1), (2, 0.2)):
+        put(tmp_path / f"runs/repeat/seed-{seed}", seed=seed, tasks=3, stream_tasks=10, lr=lr, batch_size=16)
+    files = report(tmp_path / "runs", out=tmp_path / "out")
+    assert all(files[kind].count("3 of 10 tasks") == number for kind, number in {"md": 4, "html": 4, "tex": 2}.items())
+    about = next(line for line in files["md"].splitlines() if line.startswith("All runs: "))
+    assert r"batch\_size 16" in about and "tasks 3" in about and "lr" not in about
+    row = cells(report(put(tmp_path / "cut", stream_tasks=20, **PAPERS), out=tmp_path / "out"))
+    assert row["L2P", "KD", "", ""]["difference_accuracy"] == ""  # 10 tasks, but not the paper's
+
+
 def test_damaged_and_foreign_folders_are_listed(tmp_path):
     runs = tmp_path / "runs"
     good = (put(runs / "good") / "Results/metrics.json").read_bytes()
@@ -212,12 +223,13 @@ def test_page_in_a_browser(tmp_path):
     """It asks for nothing, has no error on the console, and shows tables and pictures at any width."""
     for seed, method in ((seed, method) for seed in (1, 2) for method in ("none", "KD", "KD_Token")):
         put(tmp_path / f"runs/{method}-{seed}", seed=seed, final=80.0 + seed, method=method, **PAPERS)
+    put(tmp_path / "runs/cut", learner_name="APT", stream_tasks=20, **PAPERS)
     put(tmp_path / "runs/a rather long name of a folder & more" / ("x" * 60), done=1)
     (tmp_path / "runs/foreign").mkdir()
     text, out = report(tmp_path / "runs", out=tmp_path / "out")["html"], tmp_path / "out"
     assert "CONSOLE" not in browse(tmp_path, out / "report.html")[1]  # where a request that its policy forbids would be
     targets = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s>]*)""", text)
-    assert len(targets) > 3 and all(target.startswith("data:") for target in targets)
+    assert len(targets) == 4 and all(target.startswith("data:") for target in targets)
     # The page's policy forbids the script that measures, so this copy has none; a frame gives the width, since
     # Chromium's own window may not be narrow.
     (out / "copy.html").write_text(re.sub(r"<meta http-equiv[^>]*>", "", text).replace("</head>", MEASURE + "</head>"))
@@ -226,4 +238,4 @@ def test_page_in_a_browser(tmp_path):
         (out / "frame.html").write_text(frame)
         title = re.search("<title>(.*?)</title>", browse(tmp_path, out / "frame.html")[0])[1]
         scroll, right, pictures = json.loads(title)
-        assert scroll <= width and right <= width + 1 and pictures == 4
+        assert scroll <= width and right <= width + 1 and pictures == 3

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from utils.metrics import MEASURES
 from utils.report.runs import Run
-from utils.report.table import Cell, Line
+from utils.report.table import Cell, Line, shared_settings
 
 TITLE = "Continual Distillation Learning: results"
 ABOUT = (
@@ -24,6 +24,7 @@ _ABOUT_GAINS = (
     "Student's accuracy minus that of the same student without distillation and with the same seed, in points: mean ± "
     "sample standard deviation of the n paired differences."
 )
+_ABOUT_CURVES = "Mean over the complete runs of each KD method, with the final accuracy; without distillation: dotted."
 _ABOUT_PAPER = (
     "The paper's numbers: average accuracy / forgetting of the student after 10 tasks, from the authors' project page "
     "irvlutd.github.io/CDL as of 2026-08-17 (Zhang, Guo and Xiang, Continual Distillation Learning for Rehearsal-Free "
@@ -63,7 +64,7 @@ class Section(NamedTuple):
     head: Sequence[str] = ()
     rows: Sequence[Sequence[Sequence[Text]]] = ()
     leading: int = 1  # cells at the start of a row that name it
-    curves: Line | None = None  # the line of a table whose runs are drawn, where the format can
+    curves: Sequence[Line] = ()  # lines of a table whose runs are drawn, a picture each, where the format can
 
 
 def compose(
@@ -74,7 +75,8 @@ def compose(
     sections = [Section(1, TITLE, f"{ABOUT} {_ABOUT_PAPER}" if has_paper else ABOUT)]
     for dataset, lines in tables.items():
         sections += [_results(dataset, lines), _gains(lines)]
-        sections += [Section(3, f"{line.name}: accuracy after each task", curves=line) for line in lines if line.runs]
+        drawn = [line for line in lines if line.runs]
+        sections.append(Section(3, "Accuracy of the students after each task", _ABOUT_CURVES, curves=drawn))
     sections.append(Section(2, "Runs", head=(*_RUN, "state"), rows=[_run(run) for run in runs]))
     rows = [[[Text(folder)], [Text(reason)]] for folder, reason in unused]
     sections.append(Section(2, "Folders not used", head=("folder", "reason"), rows=rows))
@@ -87,7 +89,7 @@ def _results(dataset: str, lines: Sequence[Line]) -> Section:
         best = line.best()
         cells = [_cell(cell, "best" if column == best else "value") for column, cell in line.cells.items()]
         rows.append([*_names(line), *cells, [Text(spread(line.teacher()))]])
-    return Section(2, dataset, "", [*_NAMES, *lines[0].cells, "teacher"], rows, leading=2)
+    return Section(2, dataset, shared_settings(lines), [*_NAMES, *lines[0].cells, "teacher"], rows, leading=2)
 
 
 def _gains(lines: Sequence[Line]) -> Section:
@@ -114,17 +116,16 @@ def _cell(cell: Cell, style: str) -> list[Text]:
         texts.append(Text(f"paper {pair(cell.paper)}", "small"))
     if cell.difference():
         texts.append(Text(f"diff. {pair(cell.difference(), '+')}", "small"))
-    for run in cell.unfinished:
-        texts.append(Text(f"seed {run.seed} unfinished: {run.tasks_done} of {run.num_tasks} tasks", "mark"))
-    return texts
+    texts += [Text(progress, "mark") for progress in dict.fromkeys(run.progress for run in cell.complete if run.cut)]
+    return texts + [Text(f"seed {run.seed} unfinished: {run.progress}", "mark") for run in cell.unfinished]
 
 
 def _run(run: Run) -> list[list[Text]]:
     names = [run.folder, run.row.dataset, run.row.models, run.row.learner, run.column, str(run.seed)]
-    tasks = Text(f"{run.tasks_done} of {run.num_tasks}", "value")
+    tasks = Text(run.progress)
     teacher = run.models["teacher"]["final_average_accuracy"] if "teacher" in run.models else None
     results = [*map(_number, (run.accuracy, run.models["student"]["forgetting"], teacher)), run.time]
-    state = Text("complete") if run.complete else Text("unfinished", "mark")
+    state = Text("unfinished", "mark") if not run.complete else Text("cut (max_task)" if run.cut else "complete")
     return [[text] for text in (*map(Text, names), tasks, *map(Text, results), state)]
 
 
@@ -147,7 +148,7 @@ def markdown(sections: Sequence[Section]) -> str:
     """The text of report.md, which has no pictures."""
     lines = []
     for section in sections:
-        if section.curves is None:
+        if not section.curves:
             lines += [f"{'#' * section.level} {_md(section.title)}", ""]
             lines += [_md(section.about), ""] if section.about else []
             head = [[_md(title) for title in section.head], ["---"] * len(section.head)] if section.head else []
@@ -178,7 +179,9 @@ def latex(sections: Sequence[Section]) -> str:
         lines += [rf"\caption{{{_tex(f'{section.title}: {_CAPTION}')}}}", rf"\begin{{tabular}}{{{columns}}}", r"\hline"]
         for row in [[[Text(title)] for title in section.head], *section.rows]:
             cells = [_join(cell, _tex, r"\textbf{{{}}}", r"\\") for cell in row]
-            cells = [rf"\shortstack{{{cell}}}" if r"\\" in cell else cell for cell in cells]
+            for place in range(2):  # the names, which would make the table too wide
+                cells[place] = cells[place].replace(r" $\to$", r"\\$\to$").replace(", ", r",\\")
+            cells = [rf"\shortstack{{\strut {cell}}}" if r"\\" in cell else cell for cell in cells]
             lines.append(" & ".join(cells) + r" \\ \hline")
         lines += [r"\end{tabular}", r"\end{table*}", ""]
     return "\n".join(lines)

@@ -6,7 +6,7 @@ import base64
 import html
 from collections.abc import Sequence
 
-from utils.plots import accuracy_limits, draw_curves, png
+from utils.plots import accuracy_limits, draw_curves, render
 from utils.report.formats import TITLE, Section, Text
 from utils.report.table import Line
 
@@ -58,7 +58,7 @@ def html_page(sections: Sequence[Section]) -> str:
             lines.append(f"<p>{html.escape(section.about)}</p>")
         if section.head:
             lines += _table(section)
-        if section.curves is not None:
+        if section.curves:
             lines += _curves(section.curves)
     return "\n".join([*lines, "</body>", "</html>", ""])
 
@@ -82,17 +82,17 @@ def _cell(texts: Sequence[Text]) -> str:
     return f"<div>{spans}</div>" if spans else ""
 
 
-def _curves(line: Line) -> list[str]:
-    """One picture per cell with all its runs, on the same axes for the whole line."""
-    limits = accuracy_limits(model["average_accuracy"] for run in line.runs for model in run.models.values())
-    tasks = max(run.num_tasks for run in line.runs)
+def _curves(lines: Sequence[Line]) -> list[str]:
+    """A picture for each line with the students of all its KD methods, on one accuracy axis for all pictures."""
+    limits = accuracy_limits(run.models["student"]["average_accuracy"] for line in lines for run in line.runs)
     figures = []
-    for column, cell in ((column, cell) for column, cell in line.cells.items() if cell.runs):
-        curves = {
-            role: [run.models[role]["average_accuracy"] for run in cell.runs if role in run.models]
-            for role in ("teacher", "student")
-        }
-        picture = base64.b64encode(png(draw_curves, column, curves, limits, tasks)).decode()
-        alt = f"{column}: accuracy on the tasks seen, after each task; {len(cell.runs)} runs and their mean"
-        figures.append(f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{picture}"></figure>')
+    for line in lines:
+        runs = {column: cell.runs for column, cell in line.cells.items() if cell.runs}
+        curves = {name: [run.models["student"]["average_accuracy"] for run in of] for name, of in runs.items()}
+        tasks = max(run.num_tasks for run in line.runs)
+        picture = base64.b64encode(render(draw_curves, line.name, curves, tasks, limits, endings=["png"])["png"])
+        alt = f"{line.name}: students' accuracy on the tasks seen, after each task; {', '.join(curves)}"
+        figures.append(
+            f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{picture.decode()}"></figure>'
+        )
     return ['<div class="curves">', *figures, "</div>"]

@@ -15,7 +15,7 @@ from utils.metrics import FORMAT, AccuracyMatrix
 TOKEN_METHOD = "KD_Token"  # the KD method to which --kd_prompt_param applies
 NO_RUN = "holds no run: no Results/metrics.json in or below it"
 _NOT_IN_SETTINGS = {"dataset", "t_model", "s_model", "learner_name", "KD_method", "kd_prompt_param", "kd_param"}
-_NOT_IN_SETTINGS |= {"random_s"}
+_NOT_IN_SETTINGS |= {"random_s", "max_task"}  # the latter shows in the number of tasks
 
 
 class Row(NamedTuple):
@@ -41,9 +41,10 @@ class Run:
     settings: str  # JSON of all else that affects results, except the seed
     seed: int
     num_tasks: int
+    stream_tasks: int  # of the data set; more than num_tasks where --max_task cut the run
     models: dict[str, dict[str, Any]]  # role -> accuracies and measures; a student that learned alone has no teacher
     time: str
-    like_the_paper: bool  # 10 tasks in the natural order, measured on the test set of the authors' split
+    like_the_paper: bool  # all of 10 tasks in the natural order, measured on the test set of the authors' split
 
     @property
     def tasks_done(self) -> int:
@@ -56,6 +57,14 @@ class Run:
     @property
     def complete(self) -> bool:
         return self.tasks_done == self.num_tasks
+
+    @property
+    def cut(self) -> bool:
+        return self.num_tasks < self.stream_tasks
+
+    @property
+    def progress(self) -> str:
+        return f"{self.tasks_done} of {self.stream_tasks} tasks"
 
 
 def find_runs(folders: Sequence[Path], leave_out: Path | None = None) -> tuple[list[Run], list[tuple[str, str]]]:
@@ -104,7 +113,7 @@ def read_run(folder: Path) -> Run:
 
 def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
     settings = make_config({}).result_settings() | metrics["settings"]  # an older run lacks newer keys
-    data, num_tasks = metrics["data"], int(metrics["num_tasks"])
+    data, num_tasks, stream_tasks = metrics["data"], int(metrics["num_tasks"]), int(metrics["stream_tasks"])
     names = [str(metrics[key]) for key in ("dataset", "t_model", "s_model", "learner_name")]
     names = [name.removesuffix(".augreg_in21k_ft_in1k") for name in names]  # means the same weights
     others = {key: value for key, value in settings.items() if key not in _NOT_IN_SETTINGS}
@@ -113,7 +122,9 @@ def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
     parameters = list(map(str, settings["kd_prompt_param"])) if method == TOKEN_METHOD else []
     parameters += [f"{name}={value}" for name, value in metrics.get("kd_param", {}).items()]
     roles = ("student",) if metrics["teacher"] is None else ("teacher", "student")
-    papers_stream = num_tasks == 10 and settings["class_order"] == "natural" and not settings["upper_bound_flag"]
+    papers_stream = (
+        num_tasks == stream_tasks == 10 and settings["class_order"] == "natural" and not settings["upper_bound_flag"]
+    )
     papers_test_set = not settings["validation"] and (names[0] != "ImageNet_R" or data["split"] != "seeded")
     return Run(
         folder=str(folder),
@@ -122,6 +133,7 @@ def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
         column=" ".join([method, *parameters]),
         seed=int(metrics["seed"]),
         num_tasks=num_tasks,
+        stream_tasks=stream_tasks,
         models={role: AccuracyMatrix(metrics[role]["accuracy_matrix"]).to_dict() for role in roles},
         time=_time(folder, roles),
         like_the_paper=papers_stream and papers_test_set,

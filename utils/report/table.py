@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from utils.config import make_config
 from utils.metrics import mean_std
 from utils.report.runs import TOKEN_METHOD, Row, Run
 
@@ -148,6 +149,20 @@ def _column_order(column: str) -> tuple[int, int, str]:
     known = (*METHODS, TOKEN_METHOD)
     method = column.split(" ")[0]
     return known.index(method) if method in known else len(known), len(column), column
+
+
+def shared_settings(lines: Sequence[Line]) -> str:
+    """The settings of all runs that are no defaults, where all lines of a table share them."""
+    all_settings = [json.loads(run.settings) for line in lines for run in line.runs]
+    default = make_config({}).result_settings()
+    shared = {
+        key: value
+        for key, value in sorted(all_settings[0].items())
+        if value != default.get(key)
+        and key != "class_names_sha256"
+        and all(of.get(key) == value for of in all_settings)
+    }
+    return f"All runs: {', '.join(f'{key} {value}' for key, value in shared.items())}; other settings are the defaults."
 
 
 def _label(settings: str, of_lines: Sequence[str]) -> str:
