@@ -75,6 +75,15 @@ class RequestSampler(Sampler[BatchRequest]):
         return self.requests
 
 
+def require_images(stream: TaskStream) -> None:
+    """Raise DataError unless all images of the stream exist."""
+    if missing := stream.missing():
+        raise DataError(
+            f"{len(missing)} of the images that the split lists are missing in dataroot, the first is "
+            f"{missing[0]} (--check_data lists all)"
+        )
+
+
 class DataPipeline:
     """Loader of a stream's images.
 
@@ -96,11 +105,7 @@ class DataPipeline:
     """
 
     def __init__(self, stream: TaskStream, config: DataConfig, *, seed: int, parallel: Parallel) -> None:
-        if missing := stream.missing():
-            raise DataError(
-                f"{len(missing)} of the images that the split lists are missing in dataroot, the first is "
-                f"{missing[0]} (--check_data lists all)"
-            )
+        require_images(stream)
         self._stream = stream
         self._batch_size = config.batch_size
         self._seed = seed

@@ -8,12 +8,18 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dataloaders.loader import require_images
+from dataloaders.tasks import build_stream
+from learners.build import load_backbones
 from learners.check import load_checked_config
+from learners.distillers import DISTILLERS
 from utils.checkpoint import RunFolderError, check_settings, is_finished
 from utils.config import ConfigError
+from utils.logging import duration, setup_logging
 from utils.report.table import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,16 +88,25 @@ def list_runs(options: argparse.Namespace, more: list[str]) -> dict[Path, list[s
 
 
 def check(runs: dict[Path, list[str]]) -> dict[Path, list[str]]:
-    """Check all runs as ``run.py`` would and return the unfinished ones; exit if any would be refused."""
-    problems, unfinished = {}, {}
+    """Check all runs, with their data and weights, and return the unfinished ones; exit if any would be refused.
+
+    What can be downloaded is downloaded here.
+    """
+    problems, unfinished, complete = {}, {}, set()
     for folder, flags in runs.items():
         try:
             config = load_checked_config(flags)
             check_settings(config)
             if is_finished(config):
                 print(f"{folder}: finished before")
-            else:
-                unfinished[folder] = flags
+                continue
+            unfinished[folder] = flags
+            models = (config.teacher_model, config.teacher_weights, config.student_model, config.student_weights)
+            needed = (config.data, DISTILLERS[config.distill.method].needs_teacher, *models)
+            if needed not in complete:
+                size = load_backbones(config)["student"].vit.image_size
+                require_images(build_stream(config.data, seed=config.seed, image_size=size))
+                complete.add(needed)
         except (ConfigError, RunFolderError) as error:
             problems = {**dict.fromkeys(getattr(error, "problems", [str(error)]), folder), **problems}
     for problem, folder in problems.items():
@@ -127,12 +142,18 @@ def main(argv: list[str]) -> int:
     if quiet := options.jobs > 1:  # runs with progress bars, or with a thread for every core, disturb one another
         more.append("--no_progress")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    setup_logging(None)
     runs = check(list_runs(options, more))
-    stopped = threading.Event()
+    stopped, started, ended = threading.Event(), time.monotonic(), itertools.count(1)
 
     def work(folder: Path) -> None:
-        if not stopped.is_set() and not execute(folder, runs[folder], quiet):
+        if stopped.is_set():
+            return
+        if not execute(folder, runs[folder], quiet):
             stopped.set()
+        elif left := len(runs) - (done := next(ended)):
+            seconds = (time.monotonic() - started) / done * left
+            print(f"{done} of {len(runs)} runs done, about {duration(seconds)} left")
 
     try:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -135,6 +135,7 @@ REFUSED = {
     "emoji-r --kd KD_Token:99,6": "KD_Token-99-6/seed-1: --KD_method KD_Token: --kd_prompt_param",
     "emoji-r --kd none --out /dev/null/x": "/dev/null",
     "emoji-r --kd none -- --lr x": "--lr",
+    "emoji-r --kd none -- --s_weights README.md": "none/seed-1: README.md",
     "emoji-r -- --log_d=x": "--log_d=x cannot follow --: use --out",
     **{f"emoji-r -- --lr 1 {flag}": f"{flag} cannot follow --" for flags in table.REFUSED.values() for flag in flags},
 }
@@ -164,7 +165,7 @@ def test_table_shares_teachers_and_stops_at_a_failure(monkeypatch, capsys, tmp_p
     folders = [tmp_path / "mini/L2P" / name / "seed-1" for name in ("KD", "DKD")]
     assert commands == [[str(folders[0])], [str(folders[1]), "--teacher_from", str(folders[0])], ["utils.report"]]
     output = capsys.readouterr()
-    assert f"{folders[0]}: accuracy 61.25 %" in output.out
+    assert f"{folders[0]}: accuracy 61.25 %\n1 of 3 runs done, about 0:00:00 left" in output.out
     assert f"{folders[1]} stopped with exit code 137: run the same command again to resume" in output.err
 
 
