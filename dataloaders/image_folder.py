@@ -17,9 +17,8 @@ _TRAIN, _TEST = "train", ("val", "test", "valid", "validation")
 class ImageFolder(FileSource):
     """Images of your own: ``dataroot/<class>/*`` or ``dataroot/{train,val}/<class>/*`` (or ``test``).
 
-    Folders within a class folder belong to the class. Classes are numbered by name, or in the order of the
-    lines of ``dataroot/classes.txt``, which then also says which folders are classes. Without ``train`` and
-    ``val``, a fifth of each class, drawn with the seed, is for testing.
+    Folders within a class folder belong to the class. Classes are numbered by name. Without ``train`` and ``val``, a
+    fifth of each class, drawn with the seed, is for testing.
     """
 
     def find(self) -> None:
@@ -67,17 +66,6 @@ def _parts(root: Path) -> tuple[str, str | None]:
 
 
 def _class_names(root: Path) -> list[str]:
-    """The classes in label order; DataError if ``classes.txt`` names one twice, or one that holds no image."""
+    """The class folders that hold an image, by name."""
     folder = root / _parts(root)[0]
-    with_images = [name for name in subfolders(folder) if any(find_images(folder, name))]
-    listing = root / "classes.txt"
-    if not listing.is_file():
-        return with_images
-    lines = listing.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
-    for name in names:
-        if name not in with_images:
-            raise DataError(f"{listing} names the class {name}, but {folder / name} holds no image")
-        if names.count(name) > 1:
-            raise DataError(f"{listing} names the class {name} twice")
-    return names
+    return [name for name in subfolders(folder) if any(find_images(folder, name))]

@@ -208,19 +208,18 @@ class DataPipeline:
         self._pass_id = pass_id = self._pass_id + 1
         self._sampler.requests = requests
         self._batches = iter(self._loader)
-        while (batch := self._next()) is not None:
+        while True:
+            started = time.monotonic()
+            batch = next(self._batches, None)
+            self.waited += time.monotonic() - started
+            if batch is None:
+                return
             if isinstance(batch, BadImageError):
                 raise batch
             pixels, labels = (torch.as_tensor(part).to(self._device, non_blocking=True) for part in batch)
             yield to_unit(pixels), labels
             if pass_id != self._pass_id:
                 raise RuntimeError("a new pass over the data has begun: this one is over")
-
-    def _next(self) -> list[torch.Tensor] | BadImageError | None:
-        started = time.monotonic()
-        batch = next(self._batches, None)
-        self.waited += time.monotonic() - started
-        return batch
 
 
 def _small_by_value(batch: Batch | BadImageError) -> list[torch.Tensor | np.ndarray] | BadImageError:

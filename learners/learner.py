@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +67,7 @@ class TeacherStudentLearner:
             model.prompt.task = task
 
     def begin_training(self, role: str, classes: ClassRange, class_weights: Tensor | None = None) -> TaskTraining:
-        """Step and optimizer that train one model on the current task.
-
-        Args:
-            role: ``"teacher"`` or ``"student"``.
-            classes: columns that compete in the losses.
-            class_weights: weight of each class in the cross entropy [C], or None.
-        """
+        """Step and optimizer that train one model on the current task; the arguments are those of the steps."""
         if self.teacher is not None:
             for part in (self.teacher.prompt, self.teacher.last):
                 part.requires_grad_(role == "teacher")
@@ -132,15 +125,6 @@ class TeacherStudentLearner:
         return counts
 
 
-class TrainResult(NamedTuple):
-    """A :class:`StepResult` of this process's rows, scalars on the device, and the norm of the gradient."""
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    correct: Tensor
-    gradient: Tensor
-
-
 class TaskTraining:
     """Training of one model on one task; ``classes`` are the columns that compete in the losses of ``step``."""
 
@@ -169,8 +153,8 @@ class TaskTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.optim, epoch)
 
-    def train_step(self, images: Tensor, targets: Tensor) -> TrainResult:
-        """Update the model with one batch.
+    def train_step(self, images: Tensor, targets: Tensor) -> StepResult:
+        """Update the model with one batch; what it returns are scalars on the device.
 
         Args:
             images: this process's rows of the global batch, [b, 3, H, W] in [0, 1]; b divides by ``accumulate``.
@@ -188,7 +172,7 @@ class TaskTraining:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return TrainResult(*_over_batch(results), gradient=norm)
+        return _over_batch(results)._replace(gradient=norm)
 
     def state(self) -> dict:
         """Optimizer (and loss scale) for a resume."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learners.learner import TrainResult
+from learners.steps import StepResult
 from utils.parallel import Parallel
 
 
@@ -39,7 +39,7 @@ class LossMeter:
         self.correct = self.steps = self.skipped = self.images = 0
         self._pending: list[Tensor] = []
 
-    def add(self, result: TrainResult, images: int) -> None:
+    def add(self, result: StepResult, images: int) -> None:
         """Take the result of a training step on ``images`` images (of the global batch)."""
         losses = {"loss": result.loss, **result.terms, "gradient": result.gradient}
         self.sums = self.sums or dict.fromkeys(losses, 0.0)

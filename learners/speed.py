@@ -68,12 +68,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def speed_by_phase(phases: Sequence[Mapping[str, Any]], speed: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Rates of ``teacher``, ``student`` and ``evaluation`` over all tasks.
-
-    Args:
-        phases: entries of ``timing.json``: phase, seconds, seconds waited for data, and number of images.
-        speed: FLOPs per image by phase, and ``product``, the rate of a large product on all devices of the run.
-    """
+    """Rates of ``teacher``, ``student`` and ``evaluation`` over all tasks, from a :class:`learners.results.History`."""
     result = {}
     for phase in dict.fromkeys(entry["phase"] for entry in phases):
         names = ("seconds", "waited_for_data", "images")

@@ -24,6 +24,7 @@ class StepResult(NamedTuple):
     loss: Tensor  # total, [1], with gradient
     terms: dict[str, Tensor]  # of which the loss is the sum, by name, [1] each
     correct: Tensor  # number of correct predictions, [1]
+    gradient: Tensor | None = None  # its norm, a scalar, once the batch has gone backward
 
 
 class EvalResult(NamedTuple):

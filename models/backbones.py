@@ -31,17 +31,11 @@ _NOT_BACKBONE = re.compile(r"(head|head_dist|fc|pre_logits|mask_token)(\.|$)")
 
 
 class Backbone(NamedTuple):
-    """A frozen backbone and the origin of its weights.
-
-    Attributes:
-        vit: the backbone.
-        tag: its full name ``architecture.tag``; the architecture alone where the user gave the weights.
-        sha256: of the file with the weights; "" for random ones.
-    """
+    """A frozen backbone and the origin of its weights."""
 
     vit: PromptedViT
-    tag: str
-    sha256: str
+    tag: str  # its full name ``architecture.tag``; the architecture alone where the user gave the weights
+    sha256: str  # of the file with the weights; "" for random ones
 
 
 def full_name(name: str) -> str:

@@ -19,21 +19,13 @@ class StudentInputs(NamedTuple):
 
 
 class ModelOutput(NamedTuple):
-    """Result of a prompted model.
+    """Result of a prompted model."""
 
-    Attributes:
-        logits: of the class token's head, [B, C].
-        features: final-norm class token, [B, D].
-        extra: final-norm extra tokens, [B, T, D].
-        blocks: outputs of all blocks, L x [B, N + T, D]; () unless asked for.
-        prompt_loss: the pool's loss, a scalar.
-    """
-
-    logits: Tensor
-    features: Tensor
-    extra: Tensor
-    blocks: tuple[Tensor, ...]
-    prompt_loss: Tensor
+    logits: Tensor  # of the class token's head, [B, C]
+    features: Tensor  # final-norm class token, [B, D]
+    extra: Tensor  # final-norm extra tokens, [B, T, D]
+    blocks: tuple[Tensor, ...]  # outputs of all blocks, L x [B, N + T, D]; () unless asked for
+    prompt_loss: Tensor  # the pool's loss, a scalar
 
 
 class PromptedModel(nn.Module):

@@ -41,17 +41,11 @@ class LayerPrompt(NamedTuple):
 
 
 class ViTOutput(NamedTuple):
-    """Result of a forward pass.
+    """Result of a forward pass."""
 
-    Attributes:
-        cls: final-norm class token, [B, D].
-        extra: final-norm extra tokens, [B, T, D] (T may be 0).
-        blocks: output of every block before the final norm, L x [B, N + T, D]; () unless asked for.
-    """
-
-    cls: Tensor
-    extra: Tensor
-    blocks: tuple[Tensor, ...]
+    cls: Tensor  # final-norm class token, [B, D]
+    extra: Tensor  # final-norm extra tokens, [B, T, D] (T may be 0)
+    blocks: tuple[Tensor, ...]  # output of every block before the final norm, L x [B, N + T, D]; () unless asked for
 
 
 def split_prompt(prompt: Tensor) -> KV:

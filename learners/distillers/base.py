@@ -74,8 +74,7 @@ class Distiller(nn.Module):
         """All terms of the loss by name, each a scalar with its weight: ``ce``, ``distill``, ``feature``.
 
         Args:
-            student: the student's output for the batch.
-            teacher: the teacher's for the same images, without gradient; None where there is no teacher.
+            teacher: its output for the same images, without gradient; None where there is no teacher.
             targets: labels [B].
             classes: columns that compete.
             class_weights: a weight for each class [C], or None.
@@ -105,13 +104,9 @@ class Distiller(nn.Module):
 def task_cross_entropy(
     logits: Tensor, targets: Tensor, classes: ClassRange, class_weights: Tensor | None = None
 ) -> Tensor:
-    """Cross entropy in which only ``classes`` compete; past classes count as -inf.
+    """Cross entropy of logits [B, C] in which only ``classes``, those of the labels [B], compete.
 
-    Args:
-        logits: [B, C].
-        targets: labels [B], all within ``classes``.
-        classes: columns that compete.
-        class_weights: a weight for each class [C]; the mean is still taken over the batch.
+    ``class_weights`` is a weight for each class [C]; the mean is still taken over the batch.
     """
     competing = full_precision(logits[:, slice(*classes)])
     losses = F.cross_entropy(competing, targets - classes.start, reduction="none")

@@ -15,17 +15,11 @@ from utils.registry import Entry, Registry
 
 @dataclass(frozen=True)
 class PromptEntry(Entry):
-    """One line of the PROMPTS table.
+    """One line of the PROMPTS table."""
 
-    Attributes:
-        fields: the values of ``--prompt_param``, in order.
-        per_task: name of the one that must be at least the number of tasks, if there is one.
-        options: further options of :class:`utils.config.Config` that the pool's constructor takes.
-    """
-
-    fields: tuple[Param, ...] = ()
-    per_task: str = ""
-    options: tuple[str, ...] = ()
+    fields: tuple[Param, ...] = ()  # the values of ``--prompt_param``, in order
+    per_task: str = ""  # name of the one that must be at least the number of tasks, if there is one
+    options: tuple[str, ...] = ()  # further options of :class:`utils.config.Config` that the pool's constructor takes
 
     @property
     def paper(self) -> tuple[float, ...]:

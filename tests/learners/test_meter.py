@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from learners.learner import TrainResult
 from learners.meter import LossMeter, NonFiniteError
+from learners.steps import StepResult
 from utils.parallel import Parallel
 
 
@@ -14,7 +14,7 @@ def meter_of(*gradients: float, check_gradient: bool = False, read_each: bool = 
     """A meter that was given steps with a loss of 1 and these gradients, on four images of which two were right."""
     meter = LossMeter(Parallel(torch.device("cpu")), check_gradient=check_gradient)
     for gradient in gradients:
-        meter.add(TrainResult(torch.ones(()), {}, torch.tensor(2), torch.tensor(gradient)), 4)
+        meter.add(StepResult(torch.ones(()), {}, torch.tensor(2), torch.tensor(gradient)), 4)
         if read_each:
             meter.read()
     meter.read()

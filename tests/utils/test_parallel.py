@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from learners.build import BlockCompiler
 from learners.distillers.kd import KD
-from learners.learner import TrainResult
+from learners.steps import StepResult
 from tests.learners import small
 from tests.processes import Group
 from utils import parallel
@@ -72,7 +72,7 @@ def compare(case, where, tasks=2, **options):
     return worst, volumes, hashlib.sha256(b"".join(learned)).hexdigest()
 
 
-def averaged(result: TrainResult, where) -> tuple[torch.Tensor, torch.Tensor]:
+def averaged(result: StepResult, where) -> tuple[torch.Tensor, torch.Tensor]:
     """All losses and the gradient's norm, averaged over processes, and the number of correct answers."""
     losses = torch.stack([value.double() for value in (result.loss, *result.terms.values(), result.gradient)])
     return where.sum(losses) / where.world_size, where.sum(result.correct)
