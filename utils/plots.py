@@ -224,12 +224,8 @@ def _total_first(terms: Iterable[str]) -> list[str]:
 
 
 def _epoch_axis(axes: Axes, epochs: Sequence[int]) -> None:
-    """The axis of the epochs: numbered for a single task, otherwise divided into the tasks."""
+    """The axis of the epochs, divided into the tasks."""
     axes.set_xlim(0.5, sum(epochs) + 0.5)
-    if len(epochs) == 1:
-        axes.xaxis.set_major_locator(_whole_numbers(12))
-        axes.set_xlabel("Epoch")
-        return
     ends = list(itertools.accumulate(epochs, initial=0))
     for end in ends[1:-1]:
         axes.axvline(end + 0.5, color="#888888", linewidth=0.8, linestyle=":")

@@ -30,16 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from utils.logging import setup_logging
     from utils.report.formats import compose, csv_text, latex, markdown
     from utils.report.page import html_page
-    from utils.report.runs import NO_RUN, find_runs
+    from utils.report.runs import find_runs
     from utils.report.table import build_tables
 
     setup_logging(None)
-    for folder in arguments.folders:
-        if not folder.is_dir():
-            parser.error(f"{folder} is not a folder: give the log_dir of a run or a folder of runs")
-    runs, unused = find_runs(arguments.folders, leave_out=arguments.out.resolve())
-    if not runs and all(reason == NO_RUN for _, reason in unused):
-        parser.error(f"there is no run in {', '.join(map(str, arguments.folders))}: give a folder that holds some")
+    try:
+        runs, unused = find_runs(arguments.folders)
+    except ValueError as error:
+        parser.error(str(error))
     tables = build_tables(runs)
     sections = compose(tables, runs, unused)
     texts = {"md": markdown(sections), "csv": csv_text(tables), "tex": latex(sections), "html": html_page(sections)}

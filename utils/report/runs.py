@@ -13,7 +13,6 @@ from utils.logging import duration
 from utils.metrics import FORMAT, AccuracyMatrix
 
 TOKEN_METHOD = "KD_Token"  # the KD method to which --kd_prompt_param applies
-NO_RUN = "holds no run: no Results/metrics.json in or below it"
 _NOT_IN_SETTINGS = {"dataset", "t_model", "s_model", "learner_name", "KD_method", "kd_prompt_param", "kd_param"}
 _NOT_IN_SETTINGS |= {"random_s", "max_task"}  # the latter shows in the number of tasks
 
@@ -67,11 +66,11 @@ class Run:
         return f"{self.tasks_done} of {self.stream_tasks} tasks"
 
 
-def find_runs(folders: Sequence[Path], leave_out: Path | None = None) -> tuple[list[Run], list[tuple[str, str]]]:
-    """All runs below ``folders``, and (folder, reason) for what is there but is not used.
+def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
+    """All runs below ``folders``, and (folder, reason) for those that are not used.
 
-    Of several runs with the same settings and seed the one that got furthest is used. The absolute path
-    ``leave_out``, that of the report, is not listed.
+    Of several runs with the same settings and seed the one that got furthest is used. A ValueError names a folder
+    without any run.
     """
     runs: dict[Path, Run] = {}
     unused: dict[str, str] = {}
@@ -85,19 +84,14 @@ def find_runs(folders: Sequence[Path], leave_out: Path | None = None) -> tuple[l
             except ValueError as error:
                 unused[str(path)] = str(error)
         unused |= {str(path): "has no Results/metrics.json: no task was finished yet" for path in started}
-        unused |= {str(path): NO_RUN for path in _without(found | started, folder) if path.resolve() != leave_out}
+        if not found | started:
+            raise ValueError(f"there is no run in {folder}: give the log_dir of a run or a folder of runs")
     kept: dict[Any, Run] = {}
     for run in sorted(runs.values(), key=lambda run: (-run.tasks_done, run.folder)):
         used = kept.setdefault((run.row, run.column, run.settings, run.seed), run)
         if used is not run:
             unused[run.folder] = f"has the settings and the seed of {used.folder}, which is used"
     return sorted(kept.values(), key=lambda run: run.folder), sorted(unused.items())
-
-
-def _without(runs: set[Path], folder: Path) -> list[Path]:
-    """``folder`` if it holds none of the runs, otherwise its subfolders that hold none and are not part of one."""
-    paths = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")] if runs else [folder]
-    return [path for path in paths if not any(path.is_relative_to(run) or run.is_relative_to(path) for run in runs)]
 
 
 def read_run(folder: Path) -> Run:
