@@ -56,7 +56,7 @@ def test_syntax_and_help(clone, tmp_path):
     for script in SCRIPTS:
         assert subprocess.run(["sh" if "install" in script.name else "bash", "-n", script], check=False).returncode == 0
         if script.name not in ("_setup.sh", "install_requirements.sh"):
-            done = clone(script.relative_to(ROOT), "--help", SLURM_SUBMIT_DIR="my project")
+            done = clone(script.relative_to(ROOT), "--lr", "--help", SLURM_SUBMIT_DIR="my project")
             assert script.read_text().splitlines()[1] == "# " + done.stdout.splitlines()[0] and "#" not in done.stdout
     assert not (tmp_path / "my project/.venv").exists()
 
