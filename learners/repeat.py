@@ -35,9 +35,9 @@ def run_repeats(config: Config, train: Callable[[Config], int]) -> int:
 
 
 def discard_summary(config: Config) -> None:
-    """Remove the measures over seeds that a new run of one of them, ``config``, makes outdated."""
-    if config.log_dir.name == f"seed-{config.seed}":
-        (config.log_dir.parent / SUMMARY).unlink(missing_ok=True)
+    """Remove measures and pictures over seeds that a new run of one of them, ``config``, makes outdated."""
+    for name in (SUMMARY, "accuracy.png", "accuracy.pdf") if config.log_dir.name == f"seed-{config.seed}" else ():
+        (config.log_dir.parent / name).unlink(missing_ok=True)
 
 
 def _summarize(folder: RunFolder, seeds: range) -> None:
