@@ -198,11 +198,12 @@ class DataPipeline:
         shuffle = generator(self._seed, "order", task, role, epoch)
         order = torch.randperm(len(indices), generator=shuffle).numpy()
         share = self._batch_size // self._world_size
+        augmented = self._stream.train_transform is not self._stream.test_transform
         for step in steps:
             start = step * self._batch_size + self._rank * share
             rows = order[start : start + share]
             seeds = [derive_seed(self._seed, "augment", task, role, epoch, samples[row]) for row in rows]
-            yield BatchRequest(True, indices[rows], seeds if self._stream.augmented else None)
+            yield BatchRequest(True, indices[rows], seeds if augmented else None)
 
     def _run(self, requests: Iterator[BatchRequest]) -> Iterator[Batch]:
         self._pass_id = pass_id = self._pass_id + 1

@@ -91,11 +91,6 @@ class TaskStream:
                 names = ", ".join(self.task_names(task)[:3]) + (", ..." if len(self.task_names(task)) > 3 else "")
                 raise DataError(f"task {task + 1} ({names}) has no {part} images: check the folders in dataroot")
 
-    @property
-    def augmented(self) -> bool:
-        """Whether training images are augmented, and so need a seed each."""
-        return self.train_transform is not self.test_transform
-
     def __len__(self) -> int:
         return len(self._classes)
 

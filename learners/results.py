@@ -24,8 +24,6 @@ from utils.metrics import FORMAT, AccuracyMatrix, acc_csv, metrics_json, summary
 from utils.parallel import Parallel
 
 IMAGES = "images_sha256"  # in classes.json
-_CSV = {"teacher": "Results/acc.csv", "student": "Results/acc_s.csv"}
-
 TIMING = "Results/timing.json"
 
 _log = logging.getLogger(__name__)
@@ -121,7 +119,9 @@ def write_results(folder: RunFolder, config: Config, run: Run, history: History)
         _log.debug("%s", line)
     folder.write(TIMING, (json.dumps(timing, indent=1) + "\n").encode())
     for role in history.accuracy:
-        folder.write(_CSV[role], acc_csv(metrics[role]["average_accuracy"]).encode())
+        folder.write(
+            f"Results/acc{'_s' if role == 'student' else ''}.csv", acc_csv(metrics[role]["average_accuracy"]).encode()
+        )
     if metrics["complete"]:
         from utils import plots  # here, as it loads matplotlib
 

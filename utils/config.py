@@ -258,10 +258,7 @@ class DataConfig:
     dataset: str | None = option(None, text("a data set"), DATA, "data set", paper="CIFAR100 and ImageNet_R")
     dataroot: Path = neutral(Path("data"), path("a folder"), DATA, "folder of the data sets (not used by Emoji_R)")
     data_url: str | None = neutral(
-        None,
-        text("an http(s):// or file:// address", "URL", _url),
-        DATA,
-        "where to download the data set; default: its own",
+        None, text("an http(s):// or file:// address", "URL", _url), DATA, "where to download from; default: its own"
     )
     first_split_size: int | None = option(
         None, whole(1), DATA, "classes of the first task; default: as the others", paper=_PAPER_SPLIT
