@@ -107,7 +107,8 @@ def read_run(folder: Path) -> Run:
 
 def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
     settings = make_config({}).result_settings() | metrics["settings"]  # an older run lacks newer keys
-    data, num_tasks, stream_tasks = metrics["data"], int(metrics["num_tasks"]), int(metrics["stream_tasks"])
+    data, num_tasks = metrics["data"], int(metrics["num_tasks"])
+    stream_tasks = int(metrics.get("stream_tasks", num_tasks))
     names = [str(metrics[key]) for key in ("dataset", "t_model", "s_model", "learner_name")]
     names = [name.removesuffix(".augreg_in21k_ft_in1k") for name in names]  # means the same weights
     others = {key: value for key, value in settings.items() if key not in _NOT_IN_SETTINGS}
