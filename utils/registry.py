@@ -28,8 +28,7 @@ E = TypeVar("E", bound=Entry)
 class Registry(dict[str, E], Generic[E]):
     """A table from names to entries, in the order of the documentation.
 
-    ``kind`` is what error messages call the names (``"KD method"``). Indexing by another name raises
-    ValueError, which names them and the nearest one.
+    ``kind`` is what messages call a name (``"KD method"``). An unknown one raises ValueError, which lists the others.
     """
 
     def __init__(self, kind: str, entries: Mapping[str, E]) -> None:

@@ -27,7 +27,7 @@ class PromptEntry(Entry):
         return tuple(field.default for field in self.fields)
 
     def parse(self, values: Sequence[float], num_tasks: int | None) -> tuple[dict[str, Any], list[str]]:
-        """Turn the values of ``--prompt_param`` into keywords of the pool's constructor; None: unknown number of tasks.
+        """Turn the values of ``--prompt_param`` into keywords of the pool's constructor (``num_tasks`` None: unknown).
 
         Returns:
             The keywords of the allowed values, and one sentence for each other value.
