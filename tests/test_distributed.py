@@ -207,7 +207,8 @@ def test_torchrun_ends_with_a_killed_process_and_resumes(config, longer, tmp_pat
         children = Path(f"/proc/{call.pid}/task/{call.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
         rest = call.stdout.read()
-    assert call.returncode == 137 and "another process of this run is gone" in rest, rest
+    # torchrun passes on the code of the process that it sees fail first: the killed one, or the one that lost it
+    assert call.returncode in (1, 137) and "another process of this run is gone" in rest, rest
     done = subprocess.run(command, env=environment, check=False, **joined)
     assert done.returncode == 0 and "Resuming at task 2" in done.stdout, done.stdout
     assert_same_results(tmp_path / "run", longer)

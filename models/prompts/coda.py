@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from models.prompts.base import PromptDims, PromptOutput, PromptPool
 from models.vit import LayerPrompt, split_prompt
+from utils.config import ConfigError
 
 _MIN_SQUARED_NORM = 1e-8
 
@@ -110,7 +111,7 @@ def gram_schmidt_growth(before: Tensor, draws: Tensor, start: int) -> Tensor:
         start: index of the first new row.
 
     Raises:
-        ValueError: an earlier row is (nearly) zero, so nothing can be projected on it.
+        ConfigError: an earlier row is (nearly) zero, so nothing can be projected on it.
     """
     stop = start + len(draws)
     rows = torch.zeros(len(before), draws.shape[1], dtype=torch.float64)
@@ -119,7 +120,7 @@ def gram_schmidt_growth(before: Tensor, draws: Tensor, start: int) -> Tensor:
     for index, draw in enumerate(draws.double(), start):
         if index and squared_norms[:index].min() < _MIN_SQUARED_NORM:
             zero = int(squared_norms[:index].argmin())
-            raise ValueError(
+            raise ConfigError(
                 f"component {zero} of the prompt pool has become zero (squared norm {squared_norms[zero]:.1e}), "
                 f"or the pool holds more components per task than the width {draws.shape[1]} has dimensions: "
                 "no new component can be made orthogonal to it. Use a smaller pool or learning rate."

@@ -5,6 +5,7 @@ import torch
 
 from models.prompts.base import PromptDims
 from models.prompts.coda import CODAPrompt, gram_schmidt_growth, orthogonality
+from utils.config import ConfigError
 
 DIMS = PromptDims(query_dim=12, embed_dim=16, depth=6, num_tasks=3)
 
@@ -29,7 +30,7 @@ def test_growth_changes_the_components_of_the_task_only():
 def test_a_dead_component_is_an_error():
     before = torch.zeros(4, 5)
     before[0, 0] = 1.0
-    with pytest.raises(ValueError, match="component 1 of the prompt pool has become zero"):
+    with pytest.raises(ConfigError, match="component 1 of the prompt pool has become zero"):
         gram_schmidt_growth(before, torch.randn(2, 5), start=2)
 
 
