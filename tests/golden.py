@@ -1,6 +1,6 @@
 """Compare the project with numbers recorded from the authors' implementation.
 
-    python -m tests.golden CASE_DIR... [--outputs DIR]
+    python -m tests.golden CASE_DIR... [--outputs DIR] [--device cuda]
 
 drives the project's own learner, steps, optimizers and schedules over a recorded case. Without ``--outputs`` it
 compares with the case's ``expected.npz``, prints the worst error of each kind and exits 1 beyond the limits;
@@ -47,10 +47,11 @@ class GoldenCase:
 
     Args:
         folder: holds ``case.json`` and ``inputs.npz``.
+        device: where its steps run.
     """
 
-    def __init__(self, folder: Path) -> None:
-        folder = folder.resolve()
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        folder, self.device = folder.resolve(), device
         self.name = folder.name
         self.settings = json.loads((folder / "case.json").read_text())
         shared = folder.parent / "common.npz"  # tests/golden_cases keeps what its cases share only once
@@ -77,9 +78,9 @@ class GoldenCase:
             aux_loss_scale=s.get("aux_loss_scale", 1.0),
             ema_coeff=s.get("ema_coeff", 0.5),
         )
-        vits = {role: self._backbone(role) for role in ("teacher", "student")}
+        vits = {role: self._backbone(role).to(self.device) for role in ("teacher", "student")}
         num_classes = s["num_tasks"] * s["classes_per_task"]
-        return build_learner(config, vits, num_classes, s["num_tasks"], Parallel(torch.device("cpu")))
+        return build_learner(config, vits, num_classes, s["num_tasks"], Parallel(self.device))
 
     def _under(self, prefix: str) -> dict[str, torch.Tensor]:
         return {key[len(prefix) :]: value for key, value in self.inputs.items() if key.startswith(prefix)}
@@ -105,7 +106,7 @@ class GoldenCase:
                 outputs[f"task{task}/{role}/{key}"] = _numpy(value)
         self.learner.end_task(task)
         with torch.no_grad():
-            logits = self.learner.eval_step().answer(self.inputs["eval/images"], classes.stop)[1]
+            logits = self.learner.eval_step().answer(self.inputs["eval/images"].to(self.device), classes.stop)[1]
         for role in self.learner.roles:
             outputs[f"task{task}/eval/{role}_logits"] = _numpy(logits[role])
             for name, value in self.learner.state(role).items():
@@ -115,7 +116,7 @@ class GoldenCase:
     def _train(self, task: int, role: str, classes: ClassRange) -> Iterator[tuple[str, object]]:
         """Train one model on the recorded batches and yield the recorded quantities of each step."""
         training = self.learner.begin_training(role, classes)
-        images, labels = self.inputs[f"task{task}/images"], self.inputs[f"task{task}/labels"]
+        images, labels = (self.inputs[f"task{task}/{name}"].to(self.device) for name in ("images", "labels"))
         seen: dict[str, torch.Tensor] = {}
         hook = self.learner.teacher.register_forward_hook(
             lambda _module, _args, output: seen.update(logits=output.logits.detach())
@@ -137,7 +138,7 @@ class GoldenCase:
 
 
 def _numpy(value: object) -> np.ndarray:
-    return value.numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    return value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
 def relative_error(value: np.ndarray, expected: np.ndarray) -> float:
@@ -168,17 +169,18 @@ def compare(outputs: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> 
     return dict(worst)
 
 
-def check_case(folder: Path) -> dict[str, float]:
+def check_case(folder: Path, device: str = "cpu") -> dict[str, float]:
     """Run a case and compare it with its ``expected.npz``."""
     with np.load(folder / "expected.npz") as archive:
         expected = {key: archive[key] for key in archive.files}
-    return compare(GoldenCase(folder).run(), expected)
+    return compare(GoldenCase(folder, torch.device(device)).run(), expected)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__.split("\n")[0])
     parser.add_argument("cases", nargs="+", type=Path, metavar="CASE_DIR")
     parser.add_argument("--outputs", type=Path, help="write DIR/<case>.npz instead of comparing")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     for folder in args.cases:
         if not (folder / "case.json").is_file():
@@ -187,9 +189,11 @@ def main(argv: list[str] | None = None) -> int:
     for folder in args.cases:
         if args.outputs:
             args.outputs.mkdir(parents=True, exist_ok=True)
-            np.savez(args.outputs / f"{folder.resolve().name}.npz", **GoldenCase(folder).run())
+            np.savez(
+                args.outputs / f"{folder.resolve().name}.npz", **GoldenCase(folder, torch.device(args.device)).run()
+            )
             continue
-        worst = check_case(folder)
+        worst = check_case(folder, args.device)
         bad = [name for name, error in worst.items() if error > LIMITS[name]]
         failed |= bool(bad)
         errors = "  ".join(f"{name} {error:.1e}" for name, error in sorted(worst.items()))
