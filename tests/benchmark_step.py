@@ -4,7 +4,8 @@
 
 The result is one JSON object:
 
-- ``teacher_s``, ``student_s``, ``evaluate_s``: median seconds of a whole step and of the evaluation of a batch
+- ``teacher_s``, ``student_s``, ``evaluate_s``: median seconds of a whole step and of the evaluation of a batch;
+  ``evaluate_again_s``: of an evaluation after a later task, for which the queries were kept
 - ``build_s``: pools, heads and KD method; ``backbones_s``: the backbones with random weights
 - ``peak_rss_mb``: most resident memory of the process, and ``peak_device_mb`` on a GPU, after two steps of each kind
 - ``gemm_gflops``: a large matrix product of the same precision, the median of one before each repeat
@@ -86,21 +87,23 @@ def build(config: Config, num_tasks: int, task: int) -> tuple[TeacherStudentLear
 
 
 def make_operations(learner: TeacherStudentLearner, batch: Batch) -> dict[str, Callable[[], Any]]:
-    """One step of each role of the learner, and the evaluation of the batch, to be run in this order."""
+    """One step of each role of the learner, and two evaluations of the batch, to be run in this order."""
     images, targets, classes = batch
 
     @cache
     def training(role: str) -> TaskTraining:  # begins when its turn comes, as it decides what has gradients
         return learner.begin_training(role, classes)
 
-    evaluator = cache(learner.evaluator)
+    evaluator, queries = cache(learner.evaluator), []
 
     @torch.inference_mode()
-    def evaluate() -> EvalResult:
-        return evaluator()(images, targets, classes.stop)
+    def evaluate(query: Tensor | None = None) -> EvalResult:
+        result = evaluator()(images, targets, classes.stop, query)
+        queries[:] = [result.query]
+        return result
 
     steps = {role: lambda role=role: training(role).train_step(images, targets) for role in learner.roles}
-    return steps | {"evaluate": evaluate}
+    return steps | {"evaluate": evaluate, "evaluate_again": lambda: evaluate(*queries)}
 
 
 def now() -> float:

@@ -43,7 +43,7 @@ def test_savings_save_arithmetic_and_leave_the_losses_as_they_are():
                 for role, state in start.items():
                     learner.load_state(role, state)
                 result = operation()
-            return torch.stack([*(result.correct.values() if name == "evaluate" else result.terms.values())]), flops
+            return torch.stack([*(result.correct.values() if "evaluate" in name else result.terms.values())]), flops
 
         expected, least = outcome(WHOLE)
         for saving in (PLAIN, *SAVINGS):
