@@ -1,7 +1,5 @@
 """Continual distillation learning from the command line: ``python run.py --help``."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -4,8 +4,6 @@ The table below is all that a new data set needs besides its own file, a :class:
 it imports no torch.
 """
 
-from __future__ import annotations
-
 from utils.registry import Entry, Registry
 
 DATASETS: Registry[Entry] = Registry(

@@ -1,7 +1,5 @@
 """A look at all images of a data set before a run (``run.py --check_data``)."""
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

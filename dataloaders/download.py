@@ -1,7 +1,5 @@
 """Downloads that count only when they are complete."""
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import logging

@@ -5,8 +5,6 @@ a batch consists of (indices and the seeds of its augmentation) comes with the r
 augmentation of an image therefore depends only on (seed, task, role, epoch, sample), not on who computes it.
 """
 
-from __future__ import annotations
-
 import atexit
 import math
 import multiprocessing

@@ -1,7 +1,5 @@
 """The stream: which classes form which task, and which images of the source each task may use."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From the settings of a run to its objects: devices, backbones, data and learner."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field

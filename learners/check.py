@@ -4,8 +4,6 @@
 and data sets, and against the machine: its devices, folders, data and weights.
 """
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import importlib.util

@@ -1,7 +1,5 @@
 """Evaluate models: after each task of a run, and again from the files of a run; name what images show."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

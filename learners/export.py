@@ -1,7 +1,5 @@
 """The trained student as a file that others can use."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

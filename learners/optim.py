@@ -1,7 +1,5 @@
 """Optimizers and learning-rate schedules of the original's configurations."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """The measurements of a run, the files of ``Results/`` made from them, and what the folder says of its models."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

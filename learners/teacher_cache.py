@@ -1,7 +1,5 @@
 """``--teacher_from``: the teachers of another run, which each KD method would train to the same bits again."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """A training run, from its folder to its results."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """The task loop: train each task's models, evaluate, save; and resume wherever a run was interrupted."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """Frozen backbones by name: the project's own and timm's vision transformers, with weights from the hub or a file."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import re

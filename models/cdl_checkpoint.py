@@ -4,8 +4,6 @@ They are state dicts of whole models, in which the trained parts have the same n
 query network are left out.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping

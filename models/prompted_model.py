@@ -1,7 +1,5 @@
 """Backbone, prompt pool and head: the model that teacher and student both are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ written before the state that comes after them, so a process that is killed in b
 bytes. Importing this module loads no torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

@@ -4,8 +4,6 @@ The trainer has one object of this kind and no branch of its own. The batch size
 over all rows of the global batch, counts are sums.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import datetime

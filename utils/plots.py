@@ -4,8 +4,6 @@ Colours are those of Okabe and Ito and viridis (safe for colour-blind readers), 
 Equal metrics give equal bytes. Import this module where a picture is drawn, since it loads matplotlib.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import math

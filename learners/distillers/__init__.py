@@ -3,8 +3,6 @@
 A new method is one line here and one file beside this one. Reading the table imports no torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A new pool is one entry here and one file beside this one. Reading the table imports no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """CODA-Prompt (Smith et al., CVPR 2023, arXiv 2211.13218): prompts as weighted sums of components."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """DualPrompt (Wang et al., ECCV 2022, arXiv 2204.04799): general and expert prompts."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from models.prompts.base import PromptDims, PromptOutput, PromptPool, cosine_similarity, uniform_parameter

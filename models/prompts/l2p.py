@@ -1,7 +1,5 @@
 """L2P (Wang et al., CVPR 2022, arXiv 2112.08654): the five best prompts of a shared pool."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

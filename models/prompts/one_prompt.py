@@ -1,7 +1,5 @@
 """OnePrompt: one general prompt per block, the same for all images and tasks; what a pool has to beat."""
 
-from __future__ import annotations
-
 from models.prompts.base import PromptDims, PromptOutput, PromptPool, uniform_parameter
 from models.vit import LayerPrompt, split_prompt
 

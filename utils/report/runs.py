@@ -1,7 +1,5 @@
 """Finds runs in folders and reads them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
