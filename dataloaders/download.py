@@ -40,8 +40,7 @@ def mirrored(url: str, data_url: str | None) -> str:
 def fetch(url: str, target: Path, checksum: Checksum, *, progress: bool = True) -> None:
     """Download a file unless it exists. ``target`` appears only when it is complete and its checksum is right.
 
-    Raises:
-        DataError: it cannot be downloaded; a file that was there before is unchanged.
+    After a DataError a file that was there before is unchanged.
     """
     from torch.hub import download_url_to_file  # here, so that a configuration is checked without torch
 

@@ -43,15 +43,14 @@ class StreamDataset(Dataset):
     """All images of a stream; its items are whole batches, indexed by a :class:`BatchRequest`."""
 
     def __init__(self, stream: TaskStream) -> None:
-        self._train, self._test = stream.train_images, stream.test_images
-        self._train_transform, self._test_transform = stream.train_transform, stream.test_transform
-        self._size = stream.image_size
+        self._stream = stream
 
     def __getitem__(self, request: BatchRequest) -> Batch | BadImageError:
         """uint8 [b, 3, H, W] and int64 [b], or the error of an image: raised, the loader would add a traceback."""
-        images = self._train if request.train else self._test
-        transform = self._test_transform if request.seeds is None else self._train_transform
-        pixels = np.empty((len(request.indices), 3, self._size, self._size), dtype=np.uint8)
+        stream, size = self._stream, self._stream.image_size
+        images = stream.train_images if request.train else stream.test_images
+        transform = stream.test_transform if request.seeds is None else stream.train_transform
+        pixels = np.empty((len(request.indices), 3, size, size), dtype=np.uint8)
         try:
             with torch.random.fork_rng(devices=[]):
                 for row, index in enumerate(request.indices):
@@ -97,9 +96,6 @@ class DataPipeline:
 
     Attributes:
         waited: seconds that this process has waited for batches so far.
-
-    Raises:
-        DataError: images that the split lists are missing.
     """
 
     def __init__(self, stream: TaskStream, config: DataConfig, *, seed: int, parallel: Parallel) -> None:
@@ -132,11 +128,7 @@ class DataPipeline:
         self._batches: Iterator[list[torch.Tensor] | BadImageError] = iter(())
 
     def steps_per_epoch(self, task: int) -> int:
-        """Training steps of an epoch; the last, incomplete batch is dropped.
-
-        Raises:
-            DataError: the task has fewer images than a batch, so that nothing would be learned.
-        """
+        """Training steps of an epoch; the last, incomplete batch is dropped. DataError if that leaves none."""
         samples = self._stream.train_size(task) + len(self._stream.replay(task))
         if samples < self._batch_size:
             raise DataError(
@@ -157,10 +149,7 @@ class DataPipeline:
             first_step: number of steps to skip at the start, for a resume within the epoch.
 
         Yields:
-            images float32 [batch_size // world_size, 3, H, W] in [0, 1] and labels int64.
-
-        Raises:
-            BadImageError: an image is missing or damaged.
+            images float32 [batch_size // world_size, 3, H, W] in [0, 1] and labels int64; a BadImageError ends it.
         """
         steps = range(self.steps_per_epoch(task))
         epochs = ((each, steps[first_step if each == epoch else 0 :]) for each in range(epoch, until or epoch + 1))

@@ -26,8 +26,7 @@ _TABLES = {"learner_name": PROMPTS, "KD_method": DISTILLERS, "dataset": DATASETS
 def load_checked_config(argv: Sequence[str]) -> Config:
     """The configuration of a command line, with the parameters of pool and KD method filled in, ready to run.
 
-    Raises:
-        ConfigError: with every problem of the flags, the file and their combination.
+    A ConfigError has every problem of the flags, the file and their combination.
     """
     if problem := missing_packages():
         raise ConfigError(problem)

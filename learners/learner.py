@@ -94,11 +94,7 @@ class TeacherStudentLearner:
         return {key: value.detach() for key, value in state.items()}
 
     def load_state(self, role: str, state: Mapping[str, Tensor]) -> None:
-        """Load the result of :meth:`state`.
-
-        Raises:
-            RuntimeError: a name or shape does not fit.
-        """
+        """Load the result of :meth:`state`; RuntimeError if a name or shape does not fit."""
         if role == "student":
             own = self.student.trained_state().keys()
             self.distiller.load_state_dict({key: value for key, value in state.items() if key not in own})

@@ -134,11 +134,7 @@ def model_file(role: str, task: int) -> str:
 
 
 def load_model(folder: RunFolder, role: str, task: int, load: Callable[[dict[str, Tensor]], None]) -> None:
-    """Hand the trained parts of a model after ``task`` to ``load``.
-
-    Raises:
-        RunFolderError: the file is missing or damaged, or does not fit the settings.
-    """
+    """Hand the trained parts of a model after ``task`` to ``load``; RunFolderError if they do not fit the settings."""
     name = model_file(role, task)
     data = folder.read(name)
     try:
@@ -196,8 +192,7 @@ def data_info(config: Config, run: Run) -> dict[str, Any]:
 def check_processes(config: Config, parallel: Parallel, info: Mapping[str, Any]) -> None:
     """Compare what the processes of a group are about to compute; ``info`` is this one's :func:`data_info`.
 
-    Raises:
-        ConfigError: with a sentence for each process that would compute something else than the first.
+    A ConfigError has a sentence for each process that would compute something else than the first.
     """
     mine = {"settings": config.settings_hash(), **info}
     # These affect no result, but they decide when the processes exchange something.
@@ -236,12 +231,7 @@ def forget_images(folder: RunFolder) -> None:
 
 
 def check_same_data(info: Mapping[str, Any], folder: RunFolder) -> None:
-    """Compare (a part of) a :func:`data_info` with the one that a run wrote down.
-
-    Raises:
-        ConfigError: naming what differs.
-        RunFolderError: ``classes.json`` is damaged.
-    """
+    """Compare (a part of) a :func:`data_info` with the one that a run wrote down; a ConfigError names what differs."""
     before = folder.read_json(CLASSES)
     compared = [key for key in info if key != "backbone_sha256" and (key != IMAGES or before.get(key))]
     problems = [f"{key} differ" for key in compared if before.get(key) != info[key]]

@@ -31,14 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> int:
-    """Train with one seed or, with ``--repeat``, several.
-
-    Returns:
-        Exit code of the process, as of :func:`train`.
-
-    Raises:
-        ConfigError: the run cannot start.
-    """
+    """Train with one seed or, with ``--repeat``, several; returns the exit code, as :func:`train` does."""
     code = run_repeats(config, train) if config.repeat > 1 else train(config)
     if code != 1:  # otherwise the other processes may not get here
         leave_group()
@@ -111,12 +104,7 @@ def _finished(config: Config, folder: RunFolder) -> bool:
 
 
 def _begin(config: Config, objects: Run, info: dict, folder: RunFolder, state: dict | None) -> TeacherCache | None:
-    """Record what is trained on what, or compare it with what the run recorded; find the teachers.
-
-    Raises:
-        ConfigError: data or backbones are not those that the run, or that of the teachers, began with.
-        RunFolderError: a file of the run is damaged or cannot be written.
-    """
+    """Record what is trained on what, or compare it with what the run recorded; find the teachers."""
     _log_start(config, objects)
     if folder.has_run:
         check_same_data(info, folder)

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,7 @@ class Position(NamedTuple):
     step: int = 0
 
 
+@dataclass
 class Trainer:
     """Teach a learner all tasks of a stream; a state is saved after every epoch.
 
@@ -47,26 +48,18 @@ class Trainer:
     means of each epoch and the measures after each task (see :func:`utils.logging.open_trackers`).
     """
 
-    def __init__(
-        self,
-        config: Config,
-        run: Run,
-        folder: RunFolder | None,
-        signals: Signals,
-        progress: Progress,
-        track: Callable[[str, int, Mapping[str, float]], None],
-        teachers: TeacherCache | None,
-    ) -> None:
-        self.config = config
-        self.run = run
-        self.learner, self.data, self.parallel = run.learner, run.data, run.parallel
-        self.folder = folder
-        self.signals = signals
-        self.progress = progress
-        self.track = track
-        self.teachers = teachers
+    config: Config
+    run: Run
+    folder: RunFolder | None
+    signals: Signals
+    progress: Progress
+    track: Callable[[str, int, Mapping[str, float]], None]
+    teachers: TeacherCache | None
+
+    def __post_init__(self) -> None:
+        self.learner, self.data, self.parallel = self.run.learner, self.run.data, self.run.parallel
         self.history = History()
-        self.roles = (*run.learner.roles, EVALUATION)
+        self.roles = (*self.learner.roles, EVALUATION)
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
 

@@ -92,9 +92,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Returns:
         The state dict without wrappers (``state_dict``, ``model``), prefixes (``module.``) and other values.
-
-    Raises:
-        ConfigError: the file cannot be read, is damaged, or holds Python objects or no tensors.
     """
     with _reading(path):
         entries = load_state_dict(str(path), weights_only=True).items()

@@ -235,9 +235,6 @@ def choose_device(device: str | None, gpuids: Sequence[int] | None, local_rank: 
         device: "cpu", "cuda" or "mps", or a device's name in torch ("cuda:1").
         gpuids: (-1,) is the CPU.
         local_rank: index of this process on its machine under torchrun, where each process uses one GPU.
-
-    Raises:
-        ConfigError: torch cannot use a GPU that was asked for.
     """
     if device not in (None, "cuda"):
         return torch.device(device)
