@@ -65,8 +65,7 @@ class StreamDataset(Dataset):
 class RequestSampler(Sampler[BatchRequest]):
     """Hands out the requests of the current pass over the data."""
 
-    def __init__(self) -> None:
-        self.requests: Iterator[BatchRequest] = iter(())
+    requests: Iterator[BatchRequest]
 
     def __iter__(self) -> Iterator[BatchRequest]:
         return self.requests
@@ -75,10 +74,8 @@ class RequestSampler(Sampler[BatchRequest]):
 def require_images(stream: TaskStream) -> None:
     """Raise DataError unless all images of the stream exist."""
     if missing := stream.missing():
-        raise DataError(
-            f"{len(missing)} of the images that the split lists are missing in dataroot, the first is "
-            f"{missing[0]} (--check_data lists all)"
-        )
+        where = f"are missing in dataroot, the first is {missing[0]} (--check_data lists all)"
+        raise DataError(f"{len(missing)} of the images that the split lists {where}")
 
 
 class DataPipeline:

@@ -162,10 +162,7 @@ def build_stream(
 ) -> TaskStream:
     """Find or download the data set and split it into tasks of images of ``image_size`` pixels.
 
-    The other arguments are those of :class:`dataloaders.base.DataSource`.
-
-    Raises:
-        DataError: files are missing or not what they should be.
+    The other arguments, and the errors, are those of :class:`dataloaders.base.DataSource`.
     """
     source = DATASETS[config.dataset].load()(config, seed=seed, resumed_dir=resumed_dir, progress=progress)
     return TaskStream(source, config, seed=seed, image_size=image_size)

@@ -45,11 +45,7 @@ def load_checked_config(argv: Sequence[str]) -> Config:
 
 
 def check(config: Config, invalid: Collection[str] = ()) -> list[str]:
-    """One sentence for each thing that cannot work.
-
-    Args:
-        invalid: keys that hold a default because their value was not allowed; nothing is said about these.
-    """
+    """One sentence for each thing that cannot work, but none about ``invalid`` keys, which hold a default instead."""
     problems = []
     if len(config.actions) > 1:
         asked = " and ".join(f"--{action}" for action in config.actions)

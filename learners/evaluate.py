@@ -81,9 +81,6 @@ def _usage(run: Run, task: int) -> dict[str, dict[str, list[float]]]:
     return usage
 
 
-# ----------------------------------------------------------------------------------------------- of finished runs
-
-
 def run(config: Config) -> int:
     """Check data, or evaluate, export or use the models of ``config.log_dir``; returns the exit code.
 

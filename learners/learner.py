@@ -44,9 +44,8 @@ class TeacherStudentLearner:
         self.query_vit = self.student.vit
         self.distiller = distiller.to(parallel.device)
         self.teacher = teacher.to(parallel.device) if teacher is not None else None
-        self.models = {"student": self.student}  # by role, in the order in which they learn a task
-        if self.teacher is not None:
-            self.models = {"teacher": self.teacher} | self.models
+        # By role, in the order in which they learn a task.
+        self.models = ({"teacher": self.teacher} if self.teacher is not None else {}) | {"student": self.student}
         self.roles = tuple(self.models)
 
     def begin_task(self, task: int) -> None:

@@ -16,7 +16,7 @@ from learners.build import Run
 from learners.speed import speed_by_phase, speed_lines
 from models.cdl_checkpoint import find_checkpoint
 from utils.checkpoint import ARGS, ARGS_END, CLASSES, METRICS, RunFolder, RunFolderError, from_bytes, sha256_of
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, plain
 from utils.logging import environment, peak_memory_mb
 from utils.metrics import FORMAT, AccuracyMatrix, acc_csv, metrics_json, summary_lines, summary_table
 from utils.parallel import Parallel
@@ -69,7 +69,7 @@ class History:
 
 def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
     """The content of ``metrics.json``: equal results give equal content, without times, folders or versions."""
-    settings, stream = config.result_settings(), run.stream
+    settings, stream, defaults = config.result_settings(), run.stream, plain(config.distill.param_defaults)
     matrices = {role: AccuracyMatrix(rows).to_dict() for role, rows in history.accuracy.items()}
     done = len(history.accuracy["student"])
     names = json.dumps(sorted(stream.class_names), ensure_ascii=False)
@@ -77,7 +77,7 @@ def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
         "format": FORMAT,
         "complete": done == run.num_tasks,
         **{key: settings[key] for key in ("dataset", "learner_name", "KD_method", "t_model", "s_model")},
-        "kd_param": {name: settings["kd_param"][name] for name in config.distill.changed_param},
+        "kd_param": {name: x for name, x in settings["kd_param"].items() if x != defaults[name]},
         "seed": config.seed,
         "settings": settings,
         "settings_hash": config.settings_hash(),
@@ -117,9 +117,8 @@ def write_results(folder: RunFolder, config: Config, run: Run, history: History)
         _log.debug("%s", line)
     folder.write(TIMING, (json.dumps(timing, indent=1) + "\n").encode())
     for role in history.accuracy:
-        folder.write(
-            f"Results/acc{'_s' if role == 'student' else ''}.csv", acc_csv(metrics[role]["average_accuracy"]).encode()
-        )
+        name = "acc_s" if role == "student" else "acc"
+        folder.write(f"Results/{name}.csv", acc_csv(metrics[role]["average_accuracy"]).encode())
     if metrics["complete"]:
         from utils import plots  # here, as it loads matplotlib
 

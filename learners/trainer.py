@@ -66,12 +66,8 @@ class Trainer:
     def learn(self, state: Mapping[str, Any] | None) -> None:
         """Learn what is left of the run after ``state``.
 
-        Raises:
-            StoppedError: a signal asked to stop; the state is saved.
-            TrainingError: a pool cannot grow.
-            NonFiniteError: a loss, a gradient or a parameter is not finite; the last good state stays.
-            RunFolderError: a file cannot be written; the last good state stays.
-            BadImageError: an image is missing or damaged; the last good state stays.
+        Raises StoppedError where a signal asks to stop, TrainingError, RunFolderError or BadImageError where training
+        cannot continue; the last good state stays.
         """
         with self._writer:
             position = self._restore(state) if state is not None else Position(0, self.roles[0])

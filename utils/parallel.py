@@ -84,7 +84,7 @@ class Parallel:
         try:
             result = action()
         except (ConfigError, RunFolderError) as error:
-            problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+            problems = getattr(error, "problems", [str(error)])
         everyones = self.gather(problems)
         if any(everyones):
             others = [(rank, each) for rank, theirs in enumerate(everyones) for each in theirs]

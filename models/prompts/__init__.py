@@ -25,10 +25,9 @@ class PromptEntry(Entry):
         return tuple(field.default for field in self.fields)
 
     def parse(self, values: Sequence[float], num_tasks: int | None) -> tuple[dict[str, Any], list[str]]:
-        """Turn the values of ``--prompt_param`` into keywords of the pool's constructor (``num_tasks`` None: unknown).
+        """Keywords of the pool's constructor for the allowed values of ``--prompt_param``, a sentence for each other.
 
-        Returns:
-            The keywords of the allowed values, and one sentence for each other value.
+        ``num_tasks`` is None while unknown.
         """
         if len(values) != len(self.fields):
             if not self.fields:

@@ -5,11 +5,7 @@ from models.vit import LayerPrompt, split_prompt
 
 
 class OnePrompt(PromptPool):
-    """Prompts ``g_p_l`` [length, D] on blocks 0 to 4, without pool, keys and query.
-
-    Args:
-        length: prompt length, split evenly in keys and values.
-    """
+    """Prompts ``g_p_l`` [length, D], half keys and half values, on blocks 0 to 4, without pool and query."""
 
     needs_query = False
 
