@@ -1,7 +1,5 @@
 """Continual distillation learning from the command line: ``python run.py --help``."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -15,11 +13,7 @@ __version__ = "1.0.0"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line.
-
-    Returns:
-        Exit code: 0; 1 for a run that ended early; 2 for one that cannot start; 128 + n after signal n.
-    """
+    """Run one command line; exit code 0, 1 for a run that ended early, 2 if it cannot start, 128 + n after signal n."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
         print_help()

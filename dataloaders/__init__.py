@@ -4,8 +4,6 @@ The table below is all that a new data set needs besides its own file, a :class:
 it imports no torch.
 """
 
-from __future__ import annotations
-
 from utils.registry import Entry, Registry
 
 DATASETS: Registry[Entry] = Registry(
@@ -14,8 +12,7 @@ DATASETS: Registry[Entry] = Registry(
         "CIFAR100": Entry("dataloaders.cifar:CIFAR100", "60,000 32x32 photographs; downloads itself"),
         "CIFAR10": Entry("dataloaders.cifar:CIFAR10", "60,000 32x32 photographs; downloads itself"),
         "ImageNet_R": Entry(
-            "dataloaders.imagenet_r:ImageNetR",
-            "30,000 renditions of 200 ImageNet classes; folder imagenet-r in dataroot",
+            "dataloaders.imagenet_r:ImageNetR", "30,000 renditions of 200 classes; folder imagenet-r in dataroot"
         ),
         "ImageFolder": Entry(
             "dataloaders.image_folder:ImageFolder", "any folder dataroot/<class>/* or dataroot/{train,val}/<class>/*"

@@ -137,9 +137,6 @@ class DataSource(ABC):
         test_crop: how test images reach the input size: ``stretch`` resizes both sides, ``center_crop``
             resizes the shorter side to 256/224 of the input size and cuts out the centre.
         drawn_split: files (name -> content) that list a split drawn in place of the authors'; kept in log_dir.
-
-    Raises:
-        DataError: the files are missing or not what they should be.
     """
 
     test_crop: ClassVar[TestCrop] = "center_crop"

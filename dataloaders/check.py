@@ -1,12 +1,9 @@
 """A look at all images of a data set before a run (``run.py --check_data``)."""
 
-from __future__ import annotations
-
 import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from dataloaders.base import BadImageError, ImageSubset
 from dataloaders.tasks import TaskStream
@@ -21,9 +18,8 @@ def check_stream(stream: TaskStream, dataset: str) -> dict[str, Any]:
         (names in label order); ``bad``, missing or damaged images relative to dataroot, sorted.
     """
     images = [(part, index) for part in (stream.train_images, stream.test_images) for index in part.used.tolist()]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding Python's lock
-        bad = pool.map(_bad_name, images)
-        names = set(tqdm(bad, "reading images", len(images), unit="image", disable=None, leave=False))
+    bar = {"desc": "reading images", "unit": "image", "disable": None, "leave": False}
+    names = set(thread_map(_bad_name, images, max_workers=os.cpu_count(), **bar))  # Pillow decodes without the GIL
     return {
         "dataset": dataset,
         "num_classes": stream.num_classes,

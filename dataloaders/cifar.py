@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009), read by torchvision."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Downloads that count only when they are complete."""
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import logging
@@ -29,10 +27,7 @@ class Checksum(NamedTuple):
 
 
 def mirrored(url: str, data_url: str | None) -> str:
-    """The address to fetch ``url`` from: itself, or the file of that name at the mirror ``data_url``.
-
-    ``data_url`` is a folder, or the file itself if it ends with its name.
-    """
+    """``url``, or the file of that name at the mirror ``data_url``, a folder's address or the file's own."""
     name = url.rpartition("/")[2]
     if data_url is None or data_url.endswith(f"/{name}"):
         return data_url or url
@@ -40,11 +35,7 @@ def mirrored(url: str, data_url: str | None) -> str:
 
 
 def fetch(url: str, target: Path, checksum: Checksum, *, progress: bool = True) -> None:
-    """Download a file unless it exists. ``target`` appears only when it is complete and its checksum is right.
-
-    Raises:
-        DataError: it cannot be downloaded; a file that was there before is unchanged.
-    """
+    """Download a file unless it exists. ``target`` changes only when it is complete and its checksum is right."""
     from torch.hub import download_url_to_file  # here, so that a configuration is checked without torch
 
     if checksum.matches(target):

@@ -1,7 +1,5 @@
 """Image files in class folders."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """ImageNet-R (Hendrycks et al. 2021), split as in CODA-Prompt (Smith et al. 2023)."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 from pathlib import Path

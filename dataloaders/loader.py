@@ -5,8 +5,6 @@ a batch consists of (indices and the seeds of its augmentation) comes with the r
 augmentation of an image therefore depends only on (seed, task, role, epoch, sample), not on who computes it.
 """
 
-from __future__ import annotations
-
 import atexit
 import math
 import multiprocessing
@@ -45,15 +43,14 @@ class StreamDataset(Dataset):
     """All images of a stream; its items are whole batches, indexed by a :class:`BatchRequest`."""
 
     def __init__(self, stream: TaskStream) -> None:
-        self._train, self._test = stream.train_images, stream.test_images
-        self._train_transform, self._test_transform = stream.train_transform, stream.test_transform
-        self._size = stream.image_size
+        self._stream = stream
 
     def __getitem__(self, request: BatchRequest) -> Batch | BadImageError:
         """uint8 [b, 3, H, W] and int64 [b], or the error of an image: raised, the loader would add a traceback."""
-        images = self._train if request.train else self._test
-        transform = self._test_transform if request.seeds is None else self._train_transform
-        pixels = np.empty((len(request.indices), 3, self._size, self._size), dtype=np.uint8)
+        stream, size = self._stream, self._stream.image_size
+        images = stream.train_images if request.train else stream.test_images
+        transform = stream.test_transform if request.seeds is None else stream.train_transform
+        pixels = np.empty((len(request.indices), 3, size, size), dtype=np.uint8)
         try:
             with torch.random.fork_rng(devices=[]):
                 for row, index in enumerate(request.indices):
@@ -68,8 +65,7 @@ class StreamDataset(Dataset):
 class RequestSampler(Sampler[BatchRequest]):
     """Hands out the requests of the current pass over the data."""
 
-    def __init__(self) -> None:
-        self.requests: Iterator[BatchRequest] = iter(())
+    requests: Iterator[BatchRequest]
 
     def __iter__(self) -> Iterator[BatchRequest]:
         return self.requests
@@ -78,10 +74,8 @@ class RequestSampler(Sampler[BatchRequest]):
 def require_images(stream: TaskStream) -> None:
     """Raise DataError unless all images of the stream exist."""
     if missing := stream.missing():
-        raise DataError(
-            f"{len(missing)} of the images that the split lists are missing in dataroot, the first is "
-            f"{missing[0]} (--check_data lists all)"
-        )
+        where = f"are missing in dataroot, the first is {missing[0]} (--check_data lists all)"
+        raise DataError(f"{len(missing)} of the images that the split lists {where}")
 
 
 class DataPipeline:
@@ -99,9 +93,6 @@ class DataPipeline:
 
     Attributes:
         waited: seconds that this process has waited for batches so far.
-
-    Raises:
-        DataError: images that the split lists are missing.
     """
 
     def __init__(self, stream: TaskStream, config: DataConfig, *, seed: int, parallel: Parallel) -> None:
@@ -134,11 +125,7 @@ class DataPipeline:
         self._batches: Iterator[list[torch.Tensor] | BadImageError] = iter(())
 
     def steps_per_epoch(self, task: int) -> int:
-        """Training steps of an epoch; the last, incomplete batch is dropped.
-
-        Raises:
-            DataError: the task has fewer images than a batch, so that nothing would be learned.
-        """
+        """Training steps of an epoch; the last, incomplete batch is dropped. DataError if that leaves none."""
         samples = self._stream.train_size(task) + len(self._stream.replay(task))
         if samples < self._batch_size:
             raise DataError(
@@ -159,10 +146,7 @@ class DataPipeline:
             first_step: number of steps to skip at the start, for a resume within the epoch.
 
         Yields:
-            images float32 [batch_size // world_size, 3, H, W] in [0, 1] and labels int64.
-
-        Raises:
-            BadImageError: an image is missing or damaged.
+            images float32 [batch_size // world_size, 3, H, W] in [0, 1] and labels int64; a BadImageError ends it.
         """
         steps = range(self.steps_per_epoch(task))
         epochs = ((each, steps[first_step if each == epoch else 0 :]) for each in range(epoch, until or epoch + 1))

@@ -1,7 +1,5 @@
 """The stream: which classes form which task, and which images of the source each task may use."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from pathlib import Path
@@ -51,9 +49,6 @@ class TaskStream:
         num_classes, class_names (in the stream's label order), split, drawn_split, seed, image_size.
         train_images, test_images: what is used of the source.
         train_transform, test_transform: Pillow image -> Pillow image of the input size.
-
-    Raises:
-        DataError: a task would have no training images or no test images.
     """
 
     def __init__(self, source: DataSource, config: DataConfig, *, seed: int, image_size: int) -> None:
@@ -122,13 +117,13 @@ class TaskStream:
         Every class has a fixed seeded order of its images and keeps the first of them, so that a later
         coreset holds no image that an earlier one had dropped.
         """
-        past = self._classes[task].start if self.memory else 0
-        members = [self.train_images.of_classes((label, label + 1)) for label in range(past)]
-        rank = random_state(self.seed, "coreset").permutation(self.num_classes)
-        kept = balanced_counts(np.array([len(m) for m in members], dtype=np.int64), rank[:past], self.memory)
-        orders = [random_state(self.seed, "coreset", label).permutation(each) for label, each in enumerate(members)]
-        chosen = [order[:number] for order, number in zip(orders, kept, strict=True)]
-        return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, dtype=np.int64)
+        rank = random_state(self.seed, "coreset").permutation(self.num_classes)  # of classes for what is left over
+        places = []
+        for label in range(self._classes[task].start if self.memory else 0):
+            images = self.train_images.of_classes((label, label + 1))
+            order = random_state(self.seed, "coreset", label).permutation(images)
+            places += [(number, rank[label], image) for number, image in enumerate(order)]
+        return np.sort(np.array([image for *_, image in sorted(places)[: self.memory]], dtype=np.int64))
 
     def replay(self, task: int) -> np.ndarray:
         """As many draws (with replacement) from the coreset as the task has images; none if the coreset is empty."""
@@ -167,34 +162,7 @@ def build_stream(
 ) -> TaskStream:
     """Find or download the data set and split it into tasks of images of ``image_size`` pixels.
 
-    The other arguments are those of :class:`dataloaders.base.DataSource`.
-
-    Raises:
-        DataError: files are missing or not what they should be.
+    The other arguments, and the errors, are those of :class:`dataloaders.base.DataSource`.
     """
     source = DATASETS[config.dataset].load()(config, seed=seed, resumed_dir=resumed_dir, progress=progress)
     return TaskStream(source, config, seed=seed, image_size=image_size)
-
-
-def balanced_counts(available: np.ndarray, rank: np.ndarray, total: int) -> np.ndarray:
-    """The number of images each class keeps when ``total`` are shared as evenly as ``available`` allows.
-
-    Args:
-        available: int64 [classes].
-        rank: [classes], distinct; classes of low rank get what is left over after even sharing.
-
-    Returns:
-        int64 [classes] with sum min(total, available.sum()).
-    """
-    kept = np.zeros_like(available)
-    left = min(total, int(available.sum()))
-    while left > 0:
-        open_classes = np.flatnonzero(kept < available)
-        share = left // len(open_classes)
-        if share == 0:
-            kept[open_classes[np.argsort(rank[open_classes])[:left]]] += 1
-            break
-        given = np.minimum(available[open_classes] - kept[open_classes], share)
-        kept[open_classes] += given
-        left -= int(given.sum())
-    return kept

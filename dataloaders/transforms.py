@@ -1,7 +1,5 @@
 """The paper's augmentation and test transform on Pillow images; no mean/std normalisation follows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -8,8 +8,6 @@ github.com/IRVLUTD/CDL: one seed on two GPUs, ImageNet-R with batches of 64 from
 others from July 2024.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Run the paper's table for one data set; ``bash experiments/table.sh --help`` explains the options."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

@@ -1,7 +1,5 @@
 """From the settings of a run to its objects: devices, backbones, data and learner."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -50,10 +48,7 @@ class Run:
 
 
 def build_run(config: Config, parallel: Parallel, resumed_dir: Path | None = None) -> Run:
-    """Build all objects of a run; ``resumed_dir`` is its ``log_dir`` if it has started before.
-
-    Raises ConfigError if data or weights are missing or damaged, or sizes do not fit.
-    """
+    """Build all objects of a run; ``resumed_dir`` is its ``log_dir`` if it has started before."""
     if config.device is None and config.gpuid is None and parallel.device.type == "cpu" and cuda_devices():
         _log.warning("This run computes on the CPU although the driver lists GPUs: %s", cuda_problem((0,)))
     set_precision(config.precision)
@@ -100,9 +95,6 @@ def build_learner(
 
     Args:
         vits: backbones by role; the student's also gives the query. A KD method without teacher ignores the teacher's.
-
-    Raises:
-        ConfigError: the sizes of the two backbones do not fit each other or the KD method.
     """
     entry, pool = DISTILLERS[config.distill.method], PROMPTS[config.learner_name]
     vits = {role: vits[role] for role in (("teacher", "student") if entry.needs_teacher else ("student",))}
@@ -135,10 +127,8 @@ def set_precision(precision: str) -> None:
 class BlockCompiler:
     """The blocks of all backbones under ``torch.compile``; if that fails, this and all later calls run as they are.
 
-    Not whole steps, as pools and classes change with the task: all graphs are made in the first one.
-
-    Args:
-        batch_sizes: other batches, the rest of a test set, run as they are.
+    Not whole steps, as pools and classes change with the task: all graphs are made in the first one. Batches of other
+    than ``batch_sizes``, the rest of a test set, run as they are.
     """
 
     def __init__(self, batch_sizes: Collection[int], backend: str | Callable = "inductor") -> None:

@@ -4,8 +4,6 @@
 and data sets, and against the machine: its devices, folders, data and weights.
 """
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import importlib.util
@@ -28,8 +26,7 @@ _TABLES = {"learner_name": PROMPTS, "KD_method": DISTILLERS, "dataset": DATASETS
 def load_checked_config(argv: Sequence[str]) -> Config:
     """The configuration of a command line, with the parameters of pool and KD method filled in, ready to run.
 
-    Raises:
-        ConfigError: with every problem of the flags, the file and their combination.
+    A ConfigError has every problem of the flags, the file and their combination.
     """
     if problem := missing_packages():
         raise ConfigError(problem)
@@ -48,11 +45,7 @@ def load_checked_config(argv: Sequence[str]) -> Config:
 
 
 def check(config: Config, invalid: Collection[str] = ()) -> list[str]:
-    """One sentence for each thing that cannot work.
-
-    Args:
-        invalid: keys that hold a default because their value was not allowed; nothing is said about these.
-    """
+    """One sentence for each thing that cannot work, but none about ``invalid`` keys, which hold a default instead."""
     problems = []
     if len(config.actions) > 1:
         asked = " and ".join(f"--{action}" for action in config.actions)

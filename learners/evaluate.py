@@ -1,7 +1,5 @@
 """Evaluate models: after each task of a run, and again from the files of a run; name what images show."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging
@@ -41,9 +39,6 @@ def evaluate(run: Run, task: int, between: Callable[[], None] = lambda: None) ->
     Returns:
         By role the accuracies (%) on tasks 0 … ``task``, top 1 over all classes seen; and by role and layer the mean
         use of the pool's entries by the test images of ``task``.
-
-    Raises:
-        NonFiniteError: a logit is infinite or not a number.
     """
     step, parallel = run.learner.evaluator(), run.parallel
     seen = run.stream.classes(task).stop
@@ -86,16 +81,10 @@ def _usage(run: Run, task: int) -> dict[str, dict[str, list[float]]]:
     return usage
 
 
-# ----------------------------------------------------------------------------------------------- of finished runs
-
-
 def run(config: Config) -> int:
     """Check data, or evaluate, export or use the models of ``config.log_dir``; returns the exit code.
 
     Of several processes the main one does all of it.
-
-    Raises:
-        ConfigError: the data cannot be read; or the folder holds no finished task, or a damaged one.
     """
     if not is_main_process():
         return 0
@@ -160,12 +149,15 @@ def _predict(config: Config) -> int:
     device = build_parallel(config.device, config.gpuid, alone=True).device
     classifier, metadata = trained_student(config)
     classifier.to(device)
-    for path in itertools.chain(*map(_images_of, config.predict)):
-        logits = classifier(_load_image(path, metadata).to(device))
-        best = logits.softmax(1)[0].topk(min(config.top, logits.shape[1]))
-        _log.info("%s", path)
-        for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            _log.info("  %6.2f %%  %s", 100 * probability, metadata["class_names"][label])
+    try:
+        for path in itertools.chain(*map(_images_of, config.predict)):
+            logits = classifier(_load_image(path, metadata).to(device))
+            best = logits.softmax(1)[0].topk(min(config.top, logits.shape[1]))
+            _log.info("%s", path)
+            for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                _log.info("  %6.2f %%  %s", 100 * probability, metadata["class_names"][label])
+    except DataError as error:
+        raise ConfigError(f"--predict: {error}") from error
     return 0
 
 
@@ -173,21 +165,14 @@ def _images_of(path: Path) -> list[Path]:
     """A file itself, or all images in and below a folder."""
     if not path.is_dir():
         return [path]
-    try:
-        if found := [path / name for name in find_images(path, ".")]:
-            return found
-        raise DataError(f"there is no image in {path}")
-    except DataError as error:
-        raise ConfigError(f"--predict: {error}") from error
+    if found := [path / name for name in find_images(path, ".")]:
+        return found
+    raise DataError(f"there is no image in {path}")
 
 
 def _load_image(path: Path, metadata: Mapping[str, Any]) -> Tensor:
     """One image as the student sees it in evaluation, [1, 3, H, W] in [0, 1]."""
-    try:
-        image = read_image(path)
-    except DataError as error:
-        raise ConfigError(f"--predict: {error}") from error
     size = metadata["image_size"]
     pixels = np.empty((1, 3, size, size), dtype=np.uint8)
-    to_planes(EvalTransform(size, metadata["test_crop"])(image), pixels[0])
+    to_planes(EvalTransform(size, metadata["test_crop"])(read_image(path)), pixels[0])
     return to_unit(torch.from_numpy(pixels))

@@ -1,7 +1,5 @@
 """The trained student as a file that others can use."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json
@@ -41,10 +39,7 @@ class StudentClassifier(EvalStep):
 def trained_student(config: Config) -> tuple[StudentClassifier, dict[str, Any]]:
     """The student of the run in ``config.log_dir`` after its last learned task, and its metadata.
 
-    Raises:
-        ConfigError: other settings, or another backbone, than those that it was trained with.
-        RunFolderError: a file of the run is missing or damaged.
-        ConfigError: the backbone's weights cannot be loaded.
+    Raises ConfigError for other settings or weights than it was trained with, RunFolderError for a damaged folder.
     """
     check_settings(config, resume=False)
     folder = RunFolder(config.log_dir)
@@ -100,10 +95,6 @@ def export(classifier: StudentClassifier, metadata: dict[str, Any], path: Path) 
     """Write the student: tensors (``.safetensors``) or a ``torch.export`` program (``.pt2``), with a ``.json`` beside.
 
     The JSON is needed for either: it names the classes, in the order of the logits, and the input.
-
-    Raises:
-        ConfigError: the JSON would replace a file that is something else.
-        RunFolderError: a file cannot be written.
     """
     beside = path.with_suffix(".json")
     if beside.exists() and not {"backbone", "classes_seen"} <= RunFolder(path.parent).read_json(beside.name).keys():
@@ -123,11 +114,7 @@ def export(classifier: StudentClassifier, metadata: dict[str, Any], path: Path) 
 
 
 def load_exported(path: Path) -> StudentClassifier:
-    """Rebuild the student from an exported ``.safetensors`` file alone.
-
-    Raises:
-        ConfigError: the file is no export of this project, or a damaged one.
-    """
+    """Rebuild the student from an exported ``.safetensors`` file alone."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads(file.metadata()["description"])

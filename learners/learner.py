@@ -44,9 +44,8 @@ class TeacherStudentLearner:
         self.query_vit = self.student.vit
         self.distiller = distiller.to(parallel.device)
         self.teacher = teacher.to(parallel.device) if teacher is not None else None
-        self.models = {"student": self.student}  # by role, in the order in which they learn a task
-        if self.teacher is not None:
-            self.models = {"teacher": self.teacher} | self.models
+        # By role, in the order in which they learn a task.
+        self.models = ({"teacher": self.teacher} if self.teacher is not None else {}) | {"student": self.student}
         self.roles = tuple(self.models)
 
     def begin_task(self, task: int) -> None:
@@ -94,11 +93,7 @@ class TeacherStudentLearner:
         return {key: value.detach() for key, value in state.items()}
 
     def load_state(self, role: str, state: Mapping[str, Tensor]) -> None:
-        """Load the result of :meth:`state`.
-
-        Raises:
-            RuntimeError: a name or shape does not fit.
-        """
+        """Load the result of :meth:`state`; RuntimeError if a name or shape does not fit."""
         if role == "student":
             own = self.student.trained_state().keys()
             self.distiller.load_state_dict({key: value for key, value in state.items() if key not in own})

@@ -1,7 +1,5 @@
 """Losses of an epoch, read from the device once in a while."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

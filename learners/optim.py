@@ -1,7 +1,5 @@
 """Optimizers and learning-rate schedules of the original's configurations."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 
@@ -13,19 +11,15 @@ from utils.config import OptimConfig
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """A new optimizer, for one model on one task."""
-    lr, momentum, decay = config.lr, config.momentum, config.weight_decay
-    betas = (momentum, 0.999)
-    match config.optimizer:
-        case "Adam":
-            return torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=decay, fused=True)
-        case "amsgrad":
-            return torch.optim.Adam(parameters, lr=lr, betas=betas, weight_decay=decay, amsgrad=True, fused=True)
-        case "SGD":
-            return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, fused=True)
-        case "RMSprop":
-            return torch.optim.RMSprop(parameters, lr=lr, momentum=momentum, weight_decay=decay)
-        case _:
-            return torch.optim.Rprop(parameters, lr=lr)
+    name, momentum = config.optimizer, config.momentum
+    options = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if name in ("Adam", "amsgrad"):
+        return torch.optim.Adam(parameters, **options, betas=(momentum, 0.999), amsgrad=name == "amsgrad", fused=True)
+    if name == "SGD":
+        return torch.optim.SGD(parameters, **options, momentum=momentum, fused=True)
+    if name == "RMSprop":
+        return torch.optim.RMSprop(parameters, **options, momentum=momentum)
+    return torch.optim.Rprop(parameters, lr=config.lr)
 
 
 def learning_rate(config: OptimConfig, epoch: int) -> float:

@@ -1,7 +1,5 @@
 """``--repeat n``: the same run with several seeds, and the mean of their results."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The measurements of a run, the files of ``Results/`` made from them, and what the folder says of its models."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -18,7 +16,7 @@ from learners.build import Run
 from learners.speed import speed_by_phase, speed_lines
 from models.cdl_checkpoint import find_checkpoint
 from utils.checkpoint import ARGS, ARGS_END, CLASSES, METRICS, RunFolder, RunFolderError, from_bytes, sha256_of
-from utils.config import Config, ConfigError
+from utils.config import Config, ConfigError, plain
 from utils.logging import environment, peak_memory_mb
 from utils.metrics import FORMAT, AccuracyMatrix, acc_csv, metrics_json, summary_lines, summary_table
 from utils.parallel import Parallel
@@ -71,7 +69,7 @@ class History:
 
 def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
     """The content of ``metrics.json``: equal results give equal content, without times, folders or versions."""
-    settings, stream = config.result_settings(), run.stream
+    settings, stream, defaults = config.result_settings(), run.stream, plain(config.distill.param_defaults)
     matrices = {role: AccuracyMatrix(rows).to_dict() for role, rows in history.accuracy.items()}
     done = len(history.accuracy["student"])
     names = json.dumps(sorted(stream.class_names), ensure_ascii=False)
@@ -79,7 +77,7 @@ def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
         "format": FORMAT,
         "complete": done == run.num_tasks,
         **{key: settings[key] for key in ("dataset", "learner_name", "KD_method", "t_model", "s_model")},
-        "kd_param": {name: settings["kd_param"][name] for name in config.distill.changed_param},
+        "kd_param": {name: x for name, x in settings["kd_param"].items() if x != defaults[name]},
         "seed": config.seed,
         "settings": settings,
         "settings_hash": config.settings_hash(),
@@ -119,9 +117,8 @@ def write_results(folder: RunFolder, config: Config, run: Run, history: History)
         _log.debug("%s", line)
     folder.write(TIMING, (json.dumps(timing, indent=1) + "\n").encode())
     for role in history.accuracy:
-        folder.write(
-            f"Results/acc{'_s' if role == 'student' else ''}.csv", acc_csv(metrics[role]["average_accuracy"]).encode()
-        )
+        name = "acc_s" if role == "student" else "acc"
+        folder.write(f"Results/{name}.csv", acc_csv(metrics[role]["average_accuracy"]).encode())
     if metrics["complete"]:
         from utils import plots  # here, as it loads matplotlib
 
@@ -136,11 +133,7 @@ def model_file(role: str, task: int) -> str:
 
 
 def load_model(folder: RunFolder, role: str, task: int, load: Callable[[dict[str, Tensor]], None]) -> None:
-    """Hand the trained parts of a model after ``task`` to ``load``.
-
-    Raises:
-        RunFolderError: the file is missing or damaged, or does not fit the settings.
-    """
+    """Hand the trained parts of a model after ``task`` to ``load``; RunFolderError if they do not fit the settings."""
     name = model_file(role, task)
     data = folder.read(name)
     try:
@@ -198,8 +191,7 @@ def data_info(config: Config, run: Run) -> dict[str, Any]:
 def check_processes(config: Config, parallel: Parallel, info: Mapping[str, Any]) -> None:
     """Compare what the processes of a group are about to compute; ``info`` is this one's :func:`data_info`.
 
-    Raises:
-        ConfigError: with a sentence for each process that would compute something else than the first.
+    A ConfigError has a sentence for each process that would compute something else than the first.
     """
     mine = {"settings": config.settings_hash(), **info}
     # These affect no result, but they decide when the processes exchange something.
@@ -238,12 +230,7 @@ def forget_images(folder: RunFolder) -> None:
 
 
 def check_same_data(info: Mapping[str, Any], folder: RunFolder) -> None:
-    """Compare (a part of) a :func:`data_info` with the one that a run wrote down.
-
-    Raises:
-        ConfigError: naming what differs.
-        RunFolderError: ``classes.json`` is damaged.
-    """
+    """Compare (a part of) a :func:`data_info` with the one that a run wrote down; a ConfigError names what differs."""
     before = folder.read_json(CLASSES)
     compared = [key for key in info if key != "backbone_sha256" and (key != IMAGES or before.get(key))]
     problems = [f"{key} differ" for key in compared if before.get(key) != info[key]]

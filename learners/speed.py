@@ -1,7 +1,5 @@
 """The arithmetic of a run, counted, and the rate at which the device does it."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence

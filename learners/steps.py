@@ -125,12 +125,11 @@ class StudentStep(Step):
         return self._result(terms, predicted, targets, classes)
 
     def _teach(self, images: Tensor, query: Tensor | None) -> ModelOutput:
-        needs_blocks = self.distiller.needs_blocks
         # A loss can keep nothing for its gradient that was made in inference mode: logits are copied, all blocks'
         # outputs would be too much.
-        if needs_blocks:
+        if self.distiller.needs_blocks:
             with torch.no_grad():
-                return self.teacher(self.teacher.vit.embed(images), query, return_blocks=needs_blocks)
+                return self.teacher(self.teacher.vit.embed(images), query, return_blocks=True)
         with torch.inference_mode():
             output = self.teacher(self.teacher.vit.embed(images), query)
         logits, features, extra, blocks, prompt_loss = output

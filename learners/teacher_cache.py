@@ -1,7 +1,5 @@
 """``--teacher_from``: the teachers of another run, which each KD method would train to the same bits again."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -44,10 +42,7 @@ class TeacherCache:
             raise ConfigError([f"--teacher_from: {problem}"])
 
     def find(self, task: int) -> tuple[dict[str, Tensor], list[dict[str, float]]] | None:
-        """The teacher after ``task`` (from 0): its trained parts, and the mean of each loss term per epoch of the task.
-
-        None where there is none (yet) that can be used.
-        """
+        """Trained parts of the teacher after ``task``, its mean losses per epoch of it; None if not (yet) usable."""
         name = model_file("teacher", task)
         if not (self.root / name).exists():
             return None

@@ -1,26 +1,15 @@
 """A training run, from its folder to its results."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
 import os
 
 from dataloaders.base import BadImageError
+from learners import results
 from learners.build import Run, build_run
 from learners.meter import TrainingError
 from learners.repeat import discard_summary, run_repeats
-from learners.results import (
-    check_models,
-    check_processes,
-    check_same_data,
-    data_info,
-    forget_images,
-    log_summary,
-    write_classes,
-    write_start,
-)
 from learners.signals import Signals, StoppedError
 from learners.teacher_cache import TeacherCache
 from learners.trainer import Trainer
@@ -33,14 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> int:
-    """Train with one seed or, with ``--repeat``, several.
-
-    Returns:
-        Exit code of the process, as of :func:`train`.
-
-    Raises:
-        ConfigError: the run cannot start.
-    """
+    """Train with one seed or, with ``--repeat``, several; returns the exit code, as :func:`train` does."""
     code = run_repeats(config, train) if config.repeat > 1 else train(config)
     if code != 1:  # otherwise the other processes may not get here
         leave_group()
@@ -50,11 +32,8 @@ def run(config: Config) -> int:
 def train(config: Config) -> int:
     """Train what ``config.log_dir`` does not hold yet: open the folder, build data and models, learn, write results.
 
-    Returns:
-        0 when the run is complete; 1 when it ended early with its last good state saved; 128 + n after signal n.
-
-    Raises:
-        ConfigError: the run cannot start, and nothing has changed.
+    Returns 0 when the run is complete, 1 when it ended early with its last good state saved, 128 + n after signal n;
+    a ConfigError says why it cannot start, and nothing has changed.
     """
     setup_logging(None, main=is_main_process())
     try:
@@ -67,8 +46,8 @@ def train(config: Config) -> int:
             resumed_dir = config.log_dir if parallel.broadcast(folder is not None and folder.has_run) else None
             objects = parallel.all_or_none(lambda: build_run(config, parallel, resumed_dir))
             stack.callback(objects.data.close)
-            info = parallel.all_or_none(lambda: data_info(config, objects))
-            parallel.all_or_none(lambda: check_processes(config, parallel, info))
+            info = parallel.all_or_none(lambda: results.data_info(config, objects))
+            parallel.all_or_none(lambda: results.check_processes(config, parallel, info))
             teachers = parallel.all_or_none(lambda: _begin(config, objects, info, folder, state) if folder else None)
             bars = None if folder and not config.no_progress else False
             progress = Progress(bars, objects.num_tasks, roles=objects.learner.roles)
@@ -79,7 +58,7 @@ def train(config: Config) -> int:
             signals.finish_steps()
             trainer.learn(parallel.broadcast(state))
             if folder:
-                log_summary(folder)
+                results.log_summary(folder)
             if signals.stop:
                 raise StoppedError(signals.stop)
             return 0
@@ -87,7 +66,7 @@ def train(config: Config) -> int:
         _log.warning("%s", stopped)
         return stopped.exit_code
     except BadImageError:
-        forget_images(RunFolder(config.log_dir))  # from any process, as only one of them knows
+        results.forget_images(RunFolder(config.log_dir))  # from any process, as only one of them knows
         raise
     except (TrainingError, RunFolderError) as error:
         _log.error("%s", error)
@@ -106,27 +85,22 @@ def _finished(config: Config, folder: RunFolder) -> bool:
         return False
     _log.info("%s holds a finished run of this command; --overwrite 1 starts over", folder.root)
     try:
-        check_models(folder, folder.read_json(METRICS)["tasks_done"])
+        results.check_models(folder, folder.read_json(METRICS)["tasks_done"])
     except RunFolderError as error:
         _log.warning("%s", error)
     return True
 
 
 def _begin(config: Config, objects: Run, info: dict, folder: RunFolder, state: dict | None) -> TeacherCache | None:
-    """Record what is trained on what, or compare it with what the run recorded; find the teachers.
-
-    Raises:
-        ConfigError: data or backbones are not those that the run, or that of the teachers, began with.
-        RunFolderError: a file of the run is damaged or cannot be written.
-    """
+    """Record what is trained on what, or compare it with what the run recorded; find the teachers."""
     _log_start(config, objects)
     if folder.has_run:
-        check_same_data(info, folder)
-        check_models(folder, state["position"][0] if state else 0)
-        write_classes(folder, info)  # with the digest of the images, if a damaged one was replaced
+        results.check_same_data(info, folder)
+        results.check_models(folder, state["position"][0] if state else 0)
+        results.write_classes(folder, info)  # with the digest of the images, if a damaged one was replaced
     teachers = TeacherCache(config, info) if config.teacher_from is not None else None
     if not folder.has_run or differing_settings(config):
-        write_start(folder, config, objects, info)
+        results.write_start(folder, config, objects, info)
         discard_summary(config)
     return teachers
 

@@ -1,14 +1,12 @@
 """The task loop: train each task's models, evaluate, save; and resume wherever a run was interrupted."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +40,7 @@ class Position(NamedTuple):
     step: int = 0
 
 
+@dataclass
 class Trainer:
     """Teach a learner all tasks of a stream; a state is saved after every epoch.
 
@@ -49,38 +48,26 @@ class Trainer:
     means of each epoch and the measures after each task (see :func:`utils.logging.open_trackers`).
     """
 
-    def __init__(
-        self,
-        config: Config,
-        run: Run,
-        folder: RunFolder | None,
-        signals: Signals,
-        progress: Progress,
-        track: Callable[[str, int, Mapping[str, float]], None],
-        teachers: TeacherCache | None,
-    ) -> None:
-        self.config = config
-        self.run = run
-        self.learner, self.data, self.parallel = run.learner, run.data, run.parallel
-        self.folder = folder
-        self.signals = signals
-        self.progress = progress
-        self.track = track
-        self.teachers = teachers
+    config: Config
+    run: Run
+    folder: RunFolder | None
+    signals: Signals
+    progress: Progress
+    track: Callable[[str, int, Mapping[str, float]], None]
+    teachers: TeacherCache | None
+
+    def __post_init__(self) -> None:
+        self.learner, self.data, self.parallel = self.run.learner, self.run.data, self.run.parallel
         self.history = History()
-        self.roles = (*run.learner.roles, EVALUATION)
+        self.roles = (*self.learner.roles, EVALUATION)
         self._writer = ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
 
     def learn(self, state: Mapping[str, Any] | None) -> None:
         """Learn what is left of the run after ``state``.
 
-        Raises:
-            StoppedError: a signal asked to stop; the state is saved.
-            TrainingError: a pool cannot grow.
-            NonFiniteError: a loss, a gradient or a parameter is not finite; the last good state stays.
-            RunFolderError: a file cannot be written; the last good state stays.
-            BadImageError: an image is missing or damaged; the last good state stays.
+        Raises StoppedError where a signal asks to stop, TrainingError, RunFolderError or BadImageError where training
+        cannot continue; the last good state stays.
         """
         with self._writer:
             position = self._restore(state) if state is not None else Position(0, self.roles[0])

@@ -1,7 +1,5 @@
 """Frozen backbones by name: the project's own and timm's vision transformers, with weights from the hub or a file."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import re
@@ -57,9 +55,6 @@ def load_backbone(
         pretrained: False for random weights, drawn from torch's global generator, for tests and benchmarks.
         normalize: whether pretrained weights get images as they did in their training, that is, less a mean and divided
             by a standard deviation; a file's weights are taken for those of ``name``. The project's own had neither.
-
-    Raises:
-        ConfigError: the name, the file or the kind of model cannot be used, or there are no weights.
     """
     if problem := name_problem(name):
         raise ConfigError(problem)
@@ -94,9 +89,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Returns:
         The state dict without wrappers (``state_dict``, ``model``), prefixes (``module.``) and other values.
-
-    Raises:
-        ConfigError: the file cannot be read, is damaged, or holds Python objects or no tensors.
     """
     with _reading(path):
         entries = load_state_dict(str(path), weights_only=True).items()
@@ -129,10 +121,9 @@ def _reading(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or 'there is no such file'})") from error
     except Exception as error:  # a damaged file can raise anything
-        raise ConfigError(
-            f"{path} is damaged, cut short or of another kind of model, or holds Python objects besides tensors, which"
-            " are not loaded because that could run code; fetch it again, or save its state dict alone"
-        ) from error
+        what = "is damaged, cut short or of another kind of model, or holds Python objects besides tensors"
+        way_out = "which are not loaded because that could run code; fetch it again, or save its state dict alone"
+        raise ConfigError(f"{path} {what}, {way_out}") from error
 
 
 def _load_file(vit: VisionTransformer, path: Path, name: str) -> None:

@@ -4,8 +4,6 @@ They are state dicts of whole models, in which the trained parts have the same n
 query network are left out.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping
@@ -41,11 +39,7 @@ def find_checkpoint(path: Path, role: str) -> Path:
 
 
 def load_checkpoint(path: Path, role: str) -> dict[str, Tensor]:
-    """Load the trained parts of one model; see :func:`find_checkpoint` for the arguments.
-
-    Raises:
-        ConfigError: the file is missing or damaged, holds Python objects, or no trained parts.
-    """
+    """Load the trained parts of one model; arguments and errors are those of :func:`find_checkpoint`."""
     file = find_checkpoint(path, role)
     state = read_state(file)
     if not any(_MODEL.match(key) for key in state):
@@ -57,8 +51,7 @@ def load_checkpoint(path: Path, role: str) -> dict[str, Tensor]:
 def fit_checkpoint(state: Mapping[str, Tensor], model_state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Leave out of ``state``, in float32, the parts of a KD method that the model does not have; the log names them.
 
-    Raises:
-        ConfigError: names or shapes differ in another way; the message names ``path``.
+    If names or shapes differ in another way, a ConfigError names ``path``.
     """
     unused = [key for key in state if _KD.match(key) and key not in model_state]
     if unused:

@@ -1,7 +1,5 @@
 """Backbone, prompt pool and head: the model that teacher and student both are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -66,11 +64,7 @@ class PromptedModel(nn.Module):
         return {key: value for key, value in self.state_dict().items() if not key.startswith("vit.")}
 
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Load what :meth:`trained_state` returned.
-
-        Raises:
-            RuntimeError: a name or shape does not fit.
-        """
+        """Load what :meth:`trained_state` returned; RuntimeError if a name or shape does not fit."""
         missing, unexpected = self.load_state_dict(state, strict=False)
         missing = [key for key in missing if not key.startswith("vit.")]
         if missing or unexpected:

@@ -1,7 +1,5 @@
 """Names and sizes of backbones. timm, and with it torch, is imported only to judge names that are not well known."""
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

@@ -59,9 +59,6 @@ class PromptedViT(nn.Module):
 
     The weights are frozen and the model always runs in evaluation mode. Gradients pass through it to the
     prompts but never reach its weights, so no linear layer keeps its input for the backward pass.
-
-    Raises:
-        ConfigError: ``vit`` is none that :func:`check_supported` accepts.
     """
 
     def __init__(self, vit: VisionTransformer | Eva) -> None:

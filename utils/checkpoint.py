@@ -5,8 +5,6 @@ written before the state that comes after them, so a process that is killed in b
 bytes. Importing this module loads no torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -106,12 +104,8 @@ class RunFolder:
 def open_run(config: Config) -> Iterator[RunFolder]:
     """The run folder ``--log_dir``, locked; an old run in it is moved aside first if ``--overwrite 1`` says so.
 
-    Whatever was not there before is gone again if the run does not start.
-
-    Raises:
-        ConfigError: the folder cannot be written, is in use, or holds something else than a run with these settings.
-            Nothing in it has changed.
-        RunFolderError: it holds a damaged run.
+    Whatever was not there before is gone again if the run does not start. After a ConfigError (the folder cannot be
+    written, is in use, or holds something else than a run with these settings) nothing in it has changed.
     """
     folder = RunFolder(config.log_dir)
     root = folder.root
@@ -142,10 +136,9 @@ def open_run(config: Config) -> Iterator[RunFolder]:
 def _refuse_foreign(folder: RunFolder) -> None:
     found = [name for name in (ARGS, "Results", "models", "state") if (folder.root / name).exists()]
     if found and not folder.has_run:
-        raise ConfigError(
-            f"{folder.root} holds {', '.join(found)}, but not both {ARGS} and {CLASSES}: it is no run of this project, "
-            "or has lost these files; choose another log_dir, or move everything in it away"
-        )
+        way_out = "choose another log_dir, or move everything in it away"
+        what = f"{', '.join(found)}, but not both {ARGS} and {CLASSES}: it is no run of this project, or has lost these"
+        raise ConfigError(f"{folder.root} holds {what} files; {way_out}")
 
 
 @contextlib.contextmanager

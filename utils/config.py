@@ -160,10 +160,7 @@ PARAMETERS = Type(
 
 
 class Param(NamedTuple):
-    """A parameter of a prompt pool or KD method, in its line of the table.
-
-    The default is the paper's value, and ``help`` says in a few words what it does.
-    """
+    """A parameter of a prompt pool or KD method, in its line of the table; the default is the paper's value."""
 
     name: str
     default: Any
@@ -221,12 +218,7 @@ class DistillConfig:
     """The KD method and its parameters."""
 
     method: str = option(
-        "KD",
-        text("a KD method"),
-        METHOD,
-        "how the student is taught",
-        key="KD_method",
-        paper="none, the first five below",
+        "KD", text("a KD method"), METHOD, "how the student learns", key="KD_method", paper="none, the first five below"
     )
     prompt_param: tuple[int, int] = option(
         (5, 6),
@@ -244,11 +236,6 @@ class DistillConfig:
         None, PARAMETERS, METHOD, "parameters of the KD method's own; default: those below", key="kd_param"
     )
     param_defaults: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of all parameters of the method
-
-    @property
-    def changed_param(self) -> dict[str, Any]:
-        """The parameters of the KD method that differ from their defaults."""
-        return {name: x for name, x in (self.param or {}).items() if x != self.param_defaults.get(name)}
 
 
 @dataclass(frozen=True)
@@ -281,10 +268,7 @@ class DataConfig:
     )
     batch_size: int = option(64, whole(1), TRAINING, "images per step, on all devices", paper="64, with ViT-Large 32")
     workers: int | None = neutral(
-        None,
-        whole(0),
-        DATA,
-        "processes that load data, 0: the main one; default: at most 16 with a GPU, 4 without",
+        None, whole(0), DATA, "processes that load data, 0: the main one; default: at most 16 with a GPU, 4 without"
     )
 
 
@@ -335,11 +319,7 @@ class Config:
     ema_coeff: float = option(0.5, FRACTION, METHOD, "APT: weight of the prompts merged before", paper="0.7")
     distill: DistillConfig = DistillConfig()
     aux_loss_scale: float = option(
-        1.0,
-        NOT_NEGATIVE,
-        METHOD,
-        "factor of prompt and feature losses",
-        paper="2, as its two GPUs added their losses up",
+        1.0, NOT_NEGATIVE, METHOD, "factor of prompt and feature losses", paper="2, as its two GPUs added them up"
     )
 
     teacher_model: str = option(
@@ -365,11 +345,7 @@ class Config:
         None, path("a file"), MODELS, "student's weights; default: its own", key="s_weights"
     )
     normalize: str = option(
-        "none",
-        choice("none", "model"),
-        MODELS,
-        "normalise images by mean and standard deviation: not, or as each model's weights were trained",
-        paper="none",
+        "none", choice("none", "model"), MODELS, "normalise images: not, or as each model was trained", paper="none"
     )
     teacher_from: Path | None = flag(
         None, path("a folder"), MODELS, "log_dir of a run with another KD method, whose trained teachers to use"
@@ -385,11 +361,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
 
     gpuid: tuple[int, ...] | None = neutral(
-        None,
-        GPUS,
-        DEVICES,
-        "GPUs to use; -1 is the CPU; default: GPU 0 if there is one, else the CPU",
-        paper="0 1, two GPUs",
+        None, GPUS, DEVICES, "GPUs to use; -1: the CPU; default: GPU 0, without one the CPU", paper="0 1, two GPUs"
     )
     device: str | None = neutral(
         None, choice("cpu", "cuda", "mps"), DEVICES, "kind of device, instead of --gpuid; default: what --gpuid says"

@@ -5,8 +5,6 @@ row i has i + 1 values. All measures are also defined during a run: after n of i
 run of n tasks.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

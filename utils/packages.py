@@ -1,7 +1,5 @@
 """The packages that the project needs, and the way out where they are missing. Imports none of them."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from pathlib import Path

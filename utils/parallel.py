@@ -4,8 +4,6 @@ The trainer has one object of this kind and no branch of its own. The batch size
 over all rows of the global batch, counts are sums.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import datetime
@@ -86,7 +84,7 @@ class Parallel:
         try:
             result = action()
         except (ConfigError, RunFolderError) as error:
-            problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+            problems = getattr(error, "problems", [str(error)])
         everyones = self.gather(problems)
         if any(everyones):
             others = [(rank, each) for rank, theirs in enumerate(everyones) for each in theirs]
@@ -237,9 +235,6 @@ def choose_device(device: str | None, gpuids: Sequence[int] | None, local_rank: 
         device: "cpu", "cuda" or "mps", or a device's name in torch ("cuda:1").
         gpuids: (-1,) is the CPU.
         local_rank: index of this process on its machine under torchrun, where each process uses one GPU.
-
-    Raises:
-        ConfigError: torch cannot use a GPU that was asked for.
     """
     if device not in (None, "cuda"):
         return torch.device(device)

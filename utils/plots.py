@@ -4,8 +4,6 @@ Colours are those of Okabe and Ito and viridis (safe for colour-blind readers), 
 Equal metrics give equal bytes. Import this module where a picture is drawn, since it loads matplotlib.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import math
@@ -130,10 +128,7 @@ def _figure(height: float, title: str) -> Figure:
 
 
 def draw_curves(
-    title: str,
-    curves: Mapping[str, Sequence[Sequence[float]]],
-    tasks: int,
-    limits: tuple[float, float] = (-1.0, 101.0),
+    title: str, curves: Mapping[str, Sequence[Sequence[float]]], tasks: int, limits: tuple[float, float] = (-1.0, 101.0)
 ) -> Figure:
     """acc_i over the tasks: for each name the mean of its complete runs, with their standard deviation as a band.
 
@@ -153,10 +148,8 @@ def draw_curves(
         places = range(1, len(means) + 1)
         axes.plot(places, means, label=f"{name}: {means[-1]:.1f}{spread} %{cut}", **look)
         if spread and len(curves) <= 2:  # more bands hide one another
-            edges = zip(
-                *((mean - each, mean + each) for mean, each in zip(means, deviations, strict=True)), strict=True
-            )
-            axes.fill_between(places, *edges, color=look["color"], alpha=0.2, linewidth=0)
+            low, high = ([m + sign * each for m, each in zip(means, deviations, strict=True)] for sign in (-1, 1))
+            axes.fill_between(places, low, high, color=look["color"], alpha=0.2, linewidth=0)
     _task_axis(axes, tasks, "Tasks learned")
     axes.set(ylabel="Accuracy on tasks seen (%)", ylim=limits)
     figure.legend(loc="outside lower center", ncols=1 if len(curves) < 3 else 2)
@@ -243,9 +236,8 @@ def _prompt_usage(metrics: Mapping[str, Any]) -> Figure:
     usage = {role: metrics["prompt_usage"][role] for role in roles}
     layer = next(layer for role in roles for task in usage[role] for layer in task)  # the first, which all models have
     rows = {role: [task[layer] for task in usage[role] if layer in task] for role in roles}
-    label, of = (
-        ("Share of images", "choices") if _are_shares(itertools.chain(*rows.values())) else ("Weight", "weights")
-    )
+    choices = _are_shares(itertools.chain(*rows.values()))
+    label, of = ("Share of images", "choices") if choices else ("Weight", "weights")
     which = "prompts of earlier tasks" if own else "prompts that earlier tasks used"
     figure = _figure(2.2 + 1.3 * len(roles), f"{_title(metrics)}: share of a task's {of} that goes to {which}")
     top, *panels = figure.subplots(1 + len(roles), 1, height_ratios=[1.4, *[1] * len(roles)])

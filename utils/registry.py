@@ -1,7 +1,5 @@
 """Lazy tables of what can be chosen by name: learners, KD methods, data sets."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 from collections.abc import Iterable, Mapping

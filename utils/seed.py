@@ -5,8 +5,6 @@ Every draw of a run comes from a stream that is derived from the run's seed and 
 workers or devices, therefore draws the same numbers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 A new method is one line here and one file beside this one. Reading the table imports no torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,10 +69,9 @@ class DistillerEntry(Entry):
 
     def complete(self, config: DistillConfig) -> tuple[DistillConfig, list[str]]:
         """``config`` with a value for each parameter of the method, and a sentence for each one that is not allowed."""
-        given, names = config.param or {}, [field.name for field in self.fields]
-        problems = [self._unknown(name, names) for name in given if name not in names]
+        given = config.param or {}
         defaults = {field.name: field.type.read([field.default]) for field in self.fields}
-        param = dict(defaults)
+        param, problems = dict(defaults), [self._unknown(name) for name in given if name not in defaults]
         for field in self.fields:
             try:
                 param[field.name] = field.type.read([given.get(field.name, field.default)])
@@ -82,8 +79,8 @@ class DistillerEntry(Entry):
                 problems.append(f"{field.name} {error}")
         return dataclasses.replace(config, param=param, param_defaults=defaults), problems
 
-    @staticmethod
-    def _unknown(name: str, names: list[str]) -> str:
+    def _unknown(self, name: str) -> str:
+        names = [field.name for field in self.fields]
         if not names:
             return f"the method has no parameters, so leave {name} out"
         guess = nearest(name, names)

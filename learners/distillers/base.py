@@ -1,7 +1,5 @@
 """The base of all KD methods: an objective for the student, with trainable parts of its own if it needs any."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 

@@ -1,7 +1,5 @@
 """DeiT's hard distillation (Touvron et al., ICML 2021, arXiv 2012.12877): a token learns the teacher's decisions."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """DIST (Huang et al., NeurIPS 2022, arXiv 2205.10536): correlations of the probabilities instead of their values."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

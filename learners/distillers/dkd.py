@@ -1,7 +1,5 @@
 """DKD (Zhao et al., CVPR 2022, arXiv 2203.08679): target and non-target classes distilled apart."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """FitNets (Romero et al., ICLR 2015, arXiv 1412.6550): the student's last features follow the teacher's."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch.nn.functional as F

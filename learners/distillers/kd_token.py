@@ -1,7 +1,5 @@
 """D-CDL, called KD_Token on the command line (Zhang et al. 2026, arXiv 2407.13911): a KD token and KD prompts."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from dataloaders.tasks import ClassRange

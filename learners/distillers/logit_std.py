@@ -1,7 +1,5 @@
 """LogitStd (Sun et al., CVPR 2024, arXiv 2403.01427): KD on standardised logits, whatever their scale."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

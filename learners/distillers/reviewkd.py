@@ -1,7 +1,5 @@
 """ReviewKD (Chen et al., CVPR 2021, arXiv 2104.09044): every student block reviews the teacher's blocks."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

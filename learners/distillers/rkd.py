@@ -1,7 +1,5 @@
 """RKD (Park et al., CVPR 2019, arXiv 1904.05068): relations between the images of a batch."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 A new pool is one entry here and one file beside this one. Reading the table imports no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +25,9 @@ class PromptEntry(Entry):
         return tuple(field.default for field in self.fields)
 
     def parse(self, values: Sequence[float], num_tasks: int | None) -> tuple[dict[str, Any], list[str]]:
-        """Turn the values of ``--prompt_param`` into keywords of the pool's constructor (``num_tasks`` None: unknown).
+        """Keywords of the pool's constructor for the allowed values of ``--prompt_param``, a sentence for each other.
 
-        Returns:
-            The keywords of the allowed values, and one sentence for each other value.
+        ``num_tasks`` is None while unknown.
         """
         if len(values) != len(self.fields):
             if not self.fields:

@@ -1,7 +1,5 @@
 """APT (Chen et al., Additive Prompt Tuning, ICCV 2025, arXiv 2503.07979), as in the authors' code of CDL."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """The base of all prompt pools: a query goes in, prompts for each block and a loss come out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 

@@ -1,7 +1,5 @@
 """CODA-Prompt (Smith et al., CVPR 2023, arXiv 2211.13218): prompts as weighted sums of components."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -109,9 +107,6 @@ def gram_schmidt_growth(before: Tensor, draws: Tensor, start: int) -> Tensor:
         before: [M, ...], flattened to [M, width].
         draws: standard-normal vectors, [new, width].
         start: index of the first new row.
-
-    Raises:
-        ConfigError: an earlier row is (nearly) zero, so nothing can be projected on it.
     """
     stop = start + len(draws)
     rows = torch.zeros(len(before), draws.shape[1], dtype=torch.float64)

@@ -1,7 +1,5 @@
 """DualPrompt (Wang et al., ECCV 2022, arXiv 2204.04799): general and expert prompts."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from models.prompts.base import PromptDims, PromptOutput, PromptPool, cosine_similarity, uniform_parameter
@@ -49,11 +47,8 @@ class DualPrompt(PromptPool):
 
     def usage(self, query: Tensor) -> dict[str, Tensor]:
         """Count the images that choose each E prompt, per block."""
-        result = {}
-        for layer in self.e_layers:
-            similarity = self._similarity(query, layer)
-            result[f"block {layer}"] = similarity.argmax(1).bincount(minlength=similarity.shape[1]).float()
-        return result
+        found = {f"block {layer}": self._similarity(query, layer) for layer in self.e_layers}
+        return {name: x.argmax(1).bincount(minlength=x.shape[1]).float() for name, x in found.items()}
 
     def _similarity(self, query: Tensor, layer: int) -> Tensor:
         return cosine_similarity(query, getattr(self, f"e_k_{layer}"))

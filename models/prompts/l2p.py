@@ -1,7 +1,5 @@
 """L2P (Wang et al., CVPR 2022, arXiv 2112.08654): the five best prompts of a shared pool."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,11 +43,9 @@ class L2P(PromptPool):
 
     def usage(self, query: Tensor) -> dict[str, Tensor]:
         """Count the images that choose each prompt, per block; an image chooses five."""
-        result = {}
-        for layer in self.layers:
-            chosen = self._best(query, layer).indices.flatten()
-            result[f"block {layer}"] = torch.bincount(chosen, minlength=len(getattr(self, f"e_k_{layer}"))).float()
-        return result
+        chosen = {layer: self._best(query, layer).indices.flatten() for layer in self.layers}
+        sizes = {layer: len(getattr(self, f"e_k_{layer}")) for layer in self.layers}
+        return {f"block {layer}": x.bincount(minlength=sizes[layer]).float() for layer, x in chosen.items()}
 
     def _best(self, query: Tensor, layer: int) -> torch.return_types.topk:
         """Similarities and indices of the five nearest keys, [B, 5] each."""

@@ -1,17 +1,11 @@
 """OnePrompt: one general prompt per block, the same for all images and tasks; what a pool has to beat."""
 
-from __future__ import annotations
-
 from models.prompts.base import PromptDims, PromptOutput, PromptPool, uniform_parameter
 from models.vit import LayerPrompt, split_prompt
 
 
 class OnePrompt(PromptPool):
-    """Prompts ``g_p_l`` [length, D] on blocks 0 to 4, without pool, keys and query.
-
-    Args:
-        length: prompt length, split evenly in keys and values.
-    """
+    """Prompts ``g_p_l`` [length, D], half keys and half values, on blocks 0 to 4, without pool and query."""
 
     needs_query = False
 

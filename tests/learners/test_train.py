@@ -114,7 +114,7 @@ class TestSignals:
             (signal.SIGINT, 130, TaskTraining, "train_step", 8, 16),
             (signal.SIGTERM, 143, TaskTraining, "train_step", 6, 18),  # the teacher's last
             (signal.SIGTERM, 143, EvalStep, "forward", 2, 0),  # the second task's first batch
-            (signal.SIGTERM, 143, train, "log_summary", 1, 0),  # when everything is done
+            (signal.SIGTERM, 143, train.results, "log_summary", 1, 0),  # when everything is done
         ],
     )
     def test_once_finishes_the_step_and_saves(

@@ -5,8 +5,6 @@ Finds the runs below the folders, joins those that differ only in the seed, and 
 are computed again from the accuracies, and all text is escaped.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

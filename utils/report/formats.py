@@ -1,7 +1,5 @@
 """The report's content in order, and its text as Markdown, CSV and LaTeX."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools

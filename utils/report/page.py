@@ -1,7 +1,5 @@
 """The report as one HTML page: style and pictures inline, no script, no request to anywhere."""
 
-from __future__ import annotations
-
 import base64
 import html
 from collections.abc import Sequence

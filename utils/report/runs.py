@@ -1,7 +1,5 @@
 """Finds runs in folders and reads them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,9 +115,7 @@ def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
     parameters = list(map(str, settings["kd_prompt_param"])) if method == TOKEN_METHOD else []
     parameters += [f"{name}={value}" for name, value in metrics.get("kd_param", {}).items()]
     roles = ("student",) if metrics["teacher"] is None else ("teacher", "student")
-    papers_stream = (
-        num_tasks == stream_tasks == 10 and settings["class_order"] == "natural" and not settings["upper_bound_flag"]
-    )
+    papers_order = settings["class_order"] == "natural" and not settings["upper_bound_flag"]
     papers_test_set = not settings["validation"] and (names[0] != "ImageNet_R" or data["split"] != "seeded")
     return Run(
         folder=str(folder),
@@ -131,7 +127,7 @@ def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
         stream_tasks=stream_tasks,
         models={role: AccuracyMatrix(metrics[role]["accuracy_matrix"]).to_dict() for role in roles},
         time=_time(folder, roles),
-        like_the_paper=papers_stream and papers_test_set,
+        like_the_paper=num_tasks == stream_tasks == 10 and papers_order and papers_test_set,
     )
 
 

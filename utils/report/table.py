@@ -1,7 +1,5 @@
 """Arranges runs in the layout of the paper's table."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections import defaultdict
@@ -38,7 +36,7 @@ ImageNet_R large L2P        73.94/4.41 74.12/4.60 74.58/4.69 70.39/5.84 72.17/6.
 ImageNet_R large APT        78.67/4.06 79.21/3.74 78.85/2.69 78.88/4.38 78.79/4.15 79.43/3.61 79.83/3.87
 """
 
-Spread = tuple[float, "float | None"]  # mean and standard deviation
+Spread = tuple[float, float | None]  # mean and standard deviation
 
 
 def paper_numbers() -> dict[Row, dict[str, tuple[float, float]]]:
