@@ -243,7 +243,7 @@ def test_families(families: list[str], concept: str) -> set[str]:
 def sheet(pictures: list[np.ndarray]) -> bytes:
     """Pictures one above the other as a lossless WebP."""
     buffer = io.BytesIO()
-    Image.fromarray(np.concatenate(pictures)).save(buffer, "WEBP", lossless=True, quality=100, method=6)
+    Image.fromarray(np.concatenate(pictures)).save(buffer, "WEBP", lossless=True, quality=90, method=4)
     return buffer.getvalue()
 
 
