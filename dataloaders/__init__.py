@@ -20,6 +20,6 @@ DATASETS: Registry[Entry] = Registry(
         "ImageFolder": Entry(
             "dataloaders.image_folder:ImageFolder", "any folder dataroot/<class>/* or dataroot/{train,val}/<class>/*"
         ),
-        "Icon_R": Entry("dataloaders.icon_r:IconR", "12,000 icons of 200 things by different designers; shipped here"),
+        "Icon_R": Entry("dataloaders.icon_r:IconR", "11,647 icons of 200 things by different designers; shipped here"),
     },
 )

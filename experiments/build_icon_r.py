@@ -214,12 +214,8 @@ class Candidates:
         for concept, (mark, _, exclusions) in self.concepts.items():
             if mark in marks:
                 mine = [icon for other, icon in self.names if other == concept and classes[icon] == 1]
-                mine = [
-                    icon
-                    for icon in mine
-                    if not {icon[0], ":".join(icon)} & set(exclusions)
-                    and not {"=" + name for name in self.names[concept, icon]} <= set(exclusions)
-                ]
+                starts = tuple(exclusion if ":" in exclusion else exclusion + ":" for exclusion in exclusions)
+                mine = [icon for icon in mine if not ":".join(icon).startswith(starts)]
                 rows[concept] = self.twins.without([self.row[icon] for icon in icons.in_turn(mine)], SAME_CLASS)
         every = [row for mine in rows.values() for row in mine]
         owner = np.repeat(range(len(rows)), [len(mine) for mine in rows.values()])
