@@ -17,8 +17,6 @@ DATASETS: Registry[Entry] = Registry(
         "ImageFolder": Entry(
             "dataloaders.image_folder:ImageFolder", "any folder dataroot/<class>/* or dataroot/{train,val}/<class>/*"
         ),
-        "Emoji_R": Entry(
-            "dataloaders.emoji_r:EmojiR", "1,819 renditions of 200 emoji by different artists; shipped here"
-        ),
+        "Icon_R": Entry("dataloaders.icon_r:IconR", "11,647 icons of 200 things by different designers; shipped here"),
     },
 )

@@ -26,7 +26,7 @@ PAPER = {"kd": [*METHODS, "KD_Token:1,6", "KD_Token:12,6"], "pairs": ["base-smal
 DATASETS = {
     "cifar-100": {"config": "configs/cifar-100_prompt.yaml", **PAPER},
     "imagenet-r": {"config": "configs/imnet-r_prompt.yaml", **PAPER},
-    "emoji-r": {"config": "configs/emoji-r_prompt.yaml", "kd": [*METHODS, "KD_Token:4,6"], "pairs": ["mini"]},
+    "icon-r": {"config": "configs/icon-r_prompt.yaml", "kd": [*METHODS, "KD_Token:4,6"], "pairs": ["mini"]},
 }
 PAIRS = {
     "base-small": "--t_model vit_base_patch16_224 --s_model vit_small_patch16_224",

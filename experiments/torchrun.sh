@@ -2,7 +2,7 @@
 # One run divided among several processes of this machine: a GPU each with nccl, or the CPU's cores with gloo.
 #
 #     bash experiments/torchrun.sh PROCESSES [flags of run.py]
-#     bash experiments/torchrun.sh 2 --config configs/emoji-r_prompt.yaml --gpuid -1 --log_dir outputs/emoji-r
+#     bash experiments/torchrun.sh 2 --config configs/icon-r_prompt.yaml --gpuid -1 --log_dir outputs/icon-r
 #
 # batch_size is that of all processes together and must be divisible by PROCESSES. Run the same command again to
 # resume, also with another number of processes.

@@ -21,7 +21,7 @@ from pathlib import Path
 
 LEARNERS = ("CODAPrompt", "DualPrompt", "L2P")
 METHODS = ("KD_Token", "KD", "DKD", "FitNets", "ReviewKD", "none")
-CONFIG = ("--config", "configs/emoji-r_prompt.yaml", "--gpuid", "-1", "--no_progress")
+CONFIG = ("--config", "configs/icon-r_prompt.yaml", "--gpuid", "-1", "--no_progress")
 SHORT = (*CONFIG, "--max_task", "2", "--schedule", "2")
 CODA_TOKEN = ("--learner_name", "CODAPrompt", "--KD_method", "KD_Token")
 
@@ -41,7 +41,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "ortho": (*SHORT, *CODA_TOKEN, "--prompt_param", "100", "8", "0.1"),
     "sgd": (*SHORT, *CODA_TOKEN, "--optimizer", "SGD", "--schedule_type", "decay", "--schedule", "1", "2"),
     "killed": (*SHORT, *CODA_TOKEN),
-    "quickstart": (*CONFIG, *CODA_TOKEN, "--prompt_param", "100", "8", "0.0"),
+    "quickstart": (*CONFIG, *CODA_TOKEN, "--prompt_param", "50", "8", "0.0"),
 }  # "killed" is ended by SIGKILL twice and resumed
 
 

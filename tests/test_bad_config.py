@@ -10,14 +10,14 @@ import pytest
 import yaml
 
 import run
-from dataloaders.emoji_r import EmojiR
+from dataloaders.icon_r import IconR
 from learners import check
 from tests.processes import ROOT
 from utils import packages
 from utils.config import SYNONYMS
 from utils.report import __main__ as report
 
-EMOJI_R = ROOT / "configs" / "emoji-r_prompt.yaml"
+ICON_R = ROOT / "configs" / "icon-r_prompt.yaml"
 
 
 # Each with one mistake: flags after a right command line (str), keys in a right file (dict), or another file (bytes);
@@ -27,7 +27,7 @@ BAD = [
     # names
     ("--learner_name dualprompt", "--learner_name", "Did you mean DualPrompt?"),
     ("--KD_method KDToken", "--KD_method", "KD_Token"),
-    ("--dataset EmojiR", "--dataset", "Emoji_R", "CIFAR100"),
+    ("--dataset IconR", "--dataset", "Icon_R", "CIFAR100"),
     ("--t_model vit_bas_patch16_224", "--t_model", "did you mean vit_base_patch16_224?"),
     (f"--s_model {'9' * 5000}", "--s_model must be a model", "999..."),
     ({"t_model": "mini\nvit"}, "t_model", "must be a model"),
@@ -57,7 +57,7 @@ BAD = [
     ({"lr": "fast"}, "lr", "above 0", "config.yaml"),
     ({"batch_size": True}, "batch_size", "whole number"),
     ({"schedule": {"epochs": 3}}, "schedule", "a mapping"),
-    ({"dataset": ["CIFAR100", "Emoji_R"]}, "dataset", "one value"),
+    ({"dataset": ["CIFAR100", "Icon_R"]}, "dataset", "one value"),
     # ranges
     ("--kd_alpha 1.5", "--kd_alpha", "from 0 to 1"),
     ("--kd_alpha nan", "--kd_alpha", "from 0 to 1"),
@@ -73,8 +73,8 @@ BAD = [
     ("--crop_scale 0 1", "--crop_scale", "above 0"),
     ("--crop_scale 0.9 0.1", "--crop_scale", "smaller first"),
     ("--crop_scale 0.5", "--crop_scale", "2 numbers"),
-    ("--first_split_size 201", "--first_split_size 201", "200 classes of Emoji_R"),
-    ("--other_split_size 500", "--other_split_size 500", "200 classes of Emoji_R"),
+    ("--first_split_size 201", "--first_split_size 201", "200 classes of Icon_R"),
+    ("--other_split_size 500", "--other_split_size 500", "200 classes of Icon_R"),
     # prompt parameters
     ("--prompt_param 100 8", "--prompt_param of CODAPrompt", "3 values are needed", "100 8 0"),
     ("--prompt_param 100 7 0", "--prompt_param of CODAPrompt", "even", "8"),
@@ -120,7 +120,7 @@ BAD = [
     ("--predict {tmp}/none.png", "--predict", "no file or folder", "none.png"),
     # files
     ("--config {tmp}/none.yaml", "none.yaml does not exist"),
-    ("--config {root}/configs/emoji_r_prompt.yaml", f"did you mean --config {EMOJI_R}?"),
+    ("--config {root}/configs/icon_r_prompt.yaml", f"did you mean --config {ICON_R}?"),
     ("--config /dev/zero", "/dev/zero is no regular file", "YAML file"),
     (b"", "is empty", "configs/*.yaml"),
     (b"\x89PNG\r\n\x1a\n\0\0", "config.yaml", "YAML file"),
@@ -138,7 +138,7 @@ BAD = [
 def command(mistake: str | dict | bytes, tmp: Path) -> list[str]:
     """A command line with the mistake at its end or in its file."""
     keys = mistake if isinstance(mistake, dict) else {}
-    text = yaml.safe_dump({**yaml.safe_load(EMOJI_R.read_text()), **keys}).encode()
+    text = yaml.safe_dump({**yaml.safe_load(ICON_R.read_text()), **keys}).encode()
     (tmp / "config.yaml").write_bytes(mistake if isinstance(mistake, bytes) else text)
     (tmp / "file").touch()
     flags = mistake.replace("{tmp}", str(tmp)).replace("{root}", str(ROOT)).split() if isinstance(mistake, str) else []
@@ -187,7 +187,7 @@ def test_gpus_that_torch_cannot_use(tmp_path, capsys, monkeypatch):
 
 def test_a_folder_of_other_people(tmp_path, capsys, no_gpu, monkeypatch):
     error = PermissionError(13, "Permission denied", "/closed/data")
-    monkeypatch.setattr(EmojiR, "missing", Mock(side_effect=error))
+    monkeypatch.setattr(IconR, "missing", Mock(side_effect=error))
     code = run.main(command({}, tmp_path))
     assert_refused(["/closed/data: Permission denied"], code, capsys.readouterr().err, tmp_path)
 
@@ -210,7 +210,7 @@ def test_missing_packages_say_where_they_are_or_how_to_install_them(monkeypatch,
     monkeypatch.setattr(packages, "_PACKAGES", ("yaml", "no_such_package"))
     monkeypatch.setattr(packages, "_VENV", tmp_path / ".venv")
     for way_out in ("install_requirements.sh", "has them: source .venv/bin/activate"):
-        assert run.main(["--config", str(EMOJI_R)]) == 2
+        assert run.main(["--config", str(ICON_R)]) == 2
         with pytest.raises(SystemExit, match="2"):
             report.main(["."])
         error = capsys.readouterr().err

@@ -65,7 +65,7 @@ def test_documented_commands_are_right(command, tmp_path):
     if "--help" in arguments:
         return
     if {"--eval_only", "--export", "--predict"} & set(arguments):
-        shutil.copy(ROOT / "configs/emoji-r_prompt.yaml", tmp_path / "args.yaml")  # that of a finished run
+        shutil.copy(ROOT / "configs/icon-r_prompt.yaml", tmp_path / "args.yaml")  # that of a finished run
         arguments += ["--log_dir", str(tmp_path)]
     check.load_checked_config(arguments)
 

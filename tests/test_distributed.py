@@ -142,7 +142,7 @@ def test_processes_that_would_compute_something_else_are_refused(more, words, co
 
 def problems(monkeypatch, gpus=0, **settings):
     monkeypatch.setattr(check, "cuda_devices", lambda: gpus)
-    config = parse_config(["--config", str(ROOT / "configs/emoji-r_prompt.yaml"), "--log_dir", "unused"]).config()
+    config = parse_config(["--config", str(ROOT / "configs/icon-r_prompt.yaml"), "--log_dir", "unused"]).config()
     return "\n".join(check.check(dataclasses.replace(config, **settings)))
 
 

@@ -129,15 +129,15 @@ def test_a_slurm_job_that_queues_again_resumes(clone, tmp_path):
 
 REFUSED = {
     "": "dataset",
-    "emoji-r --pairs mine": "'mine'",
-    "emoji-r --kd KD:4,6": "write --kd KD",
-    "emoji-r --kd none Mine": "Mine/seed-1: --KD_method",
-    "emoji-r --kd KD_Token:99,6": "KD_Token-99-6/seed-1: --KD_method KD_Token: --kd_prompt_param",
-    "emoji-r --kd none --out /dev/null/x": "/dev/null",
-    "emoji-r --kd none -- --lr x": "--lr",
-    "emoji-r --kd none -- --s_weights README.md": "none/seed-1: README.md",
-    "emoji-r -- --log_d=x": "--log_d=x cannot follow --: use --out",
-    **{f"emoji-r -- --lr 1 {flag}": f"{flag} cannot follow --" for flags in table.REFUSED.values() for flag in flags},
+    "icon-r --pairs mine": "'mine'",
+    "icon-r --kd KD:4,6": "write --kd KD",
+    "icon-r --kd none Mine": "Mine/seed-1: --KD_method",
+    "icon-r --kd KD_Token:99,6": "KD_Token-99-6/seed-1: --KD_method KD_Token: --kd_prompt_param",
+    "icon-r --kd none --out /dev/null/x": "/dev/null",
+    "icon-r --kd none -- --lr x": "--lr",
+    "icon-r --kd none -- --s_weights README.md": "none/seed-1: README.md",
+    "icon-r -- --log_d=x": "--log_d=x cannot follow --: use --out",
+    **{f"icon-r -- --lr 1 {flag}": f"{flag} cannot follow --" for flags in table.REFUSED.values() for flag in flags},
 }
 
 
@@ -161,7 +161,7 @@ def test_table_shares_teachers_and_stops_at_a_failure(monkeypatch, capsys, tmp_p
         return subprocess.CompletedProcess(command, 137 if "DKD" in command else 0)
 
     monkeypatch.setattr(table.subprocess, "run", start)
-    assert table.main(["emoji-r", "--learners", "L2P", "--out", str(tmp_path), "--kd", "KD", "DKD", "FitNets"]) == 1
+    assert table.main(["icon-r", "--learners", "L2P", "--out", str(tmp_path), "--kd", "KD", "DKD", "FitNets"]) == 1
     folders = [tmp_path / "mini/L2P" / name / "seed-1" for name in ("KD", "DKD")]
     assert commands == [[str(folders[0])], [str(folders[1]), "--teacher_from", str(folders[0])], ["utils.report"]]
     output = capsys.readouterr()
@@ -170,7 +170,7 @@ def test_table_shares_teachers_and_stops_at_a_failure(monkeypatch, capsys, tmp_p
 
 
 def test_table(tmp_path, monkeypatch, capsys):
-    command = f"emoji-r --learners L2P --kd none KD --jobs 2 --out {tmp_path} -- --max_task 1 --schedule".split()
+    command = f"icon-r --learners L2P --kd none KD --jobs 2 --out {tmp_path} -- --max_task 1 --schedule".split()
     done = call(ROOT / "experiments/table.sh", *command, "1", VIRTUAL_ENV=sys.prefix)
     assert done.returncode == 0 and done.stdout.count(": accuracy ") == 2 and "Task" not in done.stdout, done
     assert (tmp_path / "report/report.html").exists()

@@ -243,7 +243,7 @@ class DataConfig:
     """The data set, its split into tasks, and its batches."""
 
     dataset: str | None = option(None, text("a data set"), DATA, "data set", paper="CIFAR100 and ImageNet_R")
-    dataroot: Path = neutral(Path("data"), path("a folder"), DATA, "folder of the data sets (not used by Emoji_R)")
+    dataroot: Path = neutral(Path("data"), path("a folder"), DATA, "folder of the data sets (not used by Icon_R)")
     data_url: str | None = neutral(
         None, text("an http(s):// or file:// address", "URL", _url), DATA, "where to download from; default: its own"
     )
@@ -597,7 +597,7 @@ def _missing_problems(parsed: Parsed, file: Path | None) -> list[str]:
         problems += [f"{key} is missing: set it in {file} or give --{key}" for key in missing]
     elif missing and config.action not in _ON_A_RUN:
         flags = ", ".join(f"--{key}" for key in missing)
-        problems.append(f"--config is missing: give a YAML file, such as configs/emoji-r_prompt.yaml (or {flags})")
+        problems.append(f"--config is missing: give a YAML file, such as configs/icon-r_prompt.yaml (or {flags})")
     return problems
 
 

@@ -16,7 +16,7 @@ def test_every_entry_is_a_source_that_says_what_is_missing(name, tmp_path):
     assert source.count_classes(tmp_path) == source.num_classes
     settings = config(dataset=name, dataroot=tmp_path)
     problems = source.missing(settings)
-    assert len(problems) == int(name not in ("CIFAR100", "CIFAR10", "Emoji_R"))
+    assert len(problems) == int(name not in ("CIFAR100", "CIFAR10", "Icon_R"))
     for problem in problems:
         assert problem.startswith(f"dataset {name}: ") and str(tmp_path) in problem and "\n" not in problem
         with pytest.raises(DataError, match=f"^{re.escape(problem)}$"):

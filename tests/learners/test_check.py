@@ -12,7 +12,7 @@ FEWER_TOKENS = known_size("vit_base_patch32_224")
 
 
 def problems_of(**changes) -> list[str]:
-    values = {"dataset": "Emoji_R", "first_split_size": 20, "other_split_size": 20, "schedule": (20,)}
+    values = {"dataset": "Icon_R", "first_split_size": 20, "other_split_size": 20, "schedule": (20,)}
     models = {"t_model": "mini_vit_base", "s_model": "mini_vit_small", "kd_prompt_param": (4, 6)}
     return check.check(make_config({**values, **models, "gpuid": (-1,), **changes}))
 
@@ -48,7 +48,7 @@ def test_pool_is_not_compared_where_all_classes_are_one_task():
 
 
 def test_nothing_is_said_about_values_that_were_wrong_already():
-    wrong = make_config({"dataset": "Emoji_R", "first_split_size": 300, "other_split_size": 20, "gpuid": (5, 6)})
+    wrong = make_config({"dataset": "Icon_R", "first_split_size": 300, "other_split_size": 20, "gpuid": (5, 6)})
     assert check.check(wrong, {"first_split_size", "gpuid"}) == []
 
 

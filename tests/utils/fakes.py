@@ -4,7 +4,7 @@ from utils.metrics import FORMAT, AccuracyMatrix
 
 DATA = {"split": "folder", "classes": 4, "class_names_sha256": "a" * 64, "train_images": 28, "test_images": 12}
 SETTINGS = {
-    "dataset": "Emoji_R",
+    "dataset": "Icon_R",
     "learner_name": "L2P",
     "KD_method": "KD",
     "t_model": "mini_vit_base",

@@ -9,7 +9,7 @@ import yaml
 from tests import runs
 from utils.config import OPTIONS, Config, DistillConfig, OptimConfig, argument_parser, make_config, parse_config
 
-BASE = {"dataset": "Emoji_R", "first_split_size": 20, "other_split_size": 20, "schedule": [20]}
+BASE = {"dataset": "Icon_R", "first_split_size": 20, "other_split_size": 20, "schedule": [20]}
 
 
 # What the original's run.py writes: every flag and every key of its YAML file.
