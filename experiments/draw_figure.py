@@ -3,8 +3,6 @@
 Plain SVG text, 600 wide with letters of 16, so that it can be read at 400 pixels as at 900, on a white page of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
