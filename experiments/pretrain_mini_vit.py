@@ -6,7 +6,7 @@
     python -m experiments.pretrain_mini_vit --photos tiny-imagenet.zip --probe --novel
 
 ``base.npz`` is made by ``build_icon_r.py --pretraining``; photographs are 64 x 64 JPEGs named
-``{base,novel}/{train,val}/<class>/*.JPEG``, in zip files or folders. Writes ``OUT/checkpoint.pt``, from which the same
+``{base,novel}/{train,val}/<class>/*.JPEG`` in zip files. Writes ``OUT/checkpoint.pt``, from which the same
 command resumes, and ``OUT/<model>.safetensors``: fp16, BatchNorm folded, for images in [0, 1]. Recipes are chosen on
 held-out base classes, which are never trained on; ``--novel`` probes the classes of the benchmarks, once, at the end.
 
@@ -23,6 +23,7 @@ import os
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -63,8 +64,9 @@ class Images(NamedTuple):
 
     def split(self, held: Tensor) -> "list[Images]":
         """The classes to train on; then three quarters and a quarter of the pictures of each ``held`` [n] class."""
-        rank = torch.arange(len(self.labels)) - (self.labels.bincount().cumsum(0) - self.labels.bincount())[self.labels]
-        return [self.select(mask) for mask in (~held, held & (rank % 4 < 3), held & (rank % 4 == 3))]
+        counts = self.labels.bincount()
+        is_test = (torch.arange(len(held)) - (counts.cumsum(0) - counts)[self.labels]) % 4 == 3
+        return [self.select(mask) for mask in (~held, held & ~is_test, held & is_test)]
 
 
 def load_icons(path: Path) -> list[Images]:
@@ -77,15 +79,10 @@ def load_icons(path: Path) -> list[Images]:
 
 
 def load_photos(paths: list[Path], folder: str) -> Images:
-    """All JPEGs ``folder/*/<class>/*.JPEG``, e.g. of ``"base"`` or ``"novel/train"``, in zip files or folders."""
+    """All JPEGs ``folder/*/<class>/*.JPEG``, e.g. of ``"base"`` or ``"novel/train"``, in zip files."""
     files = {}
-    for path in paths:
-        if path.is_dir():
-            files |= {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*.JPEG")}
-        else:
-            with ZipFile(path) as archive:
-                files |= {name: archive.read(name) for name in archive.namelist() if name.startswith(folder)}
-    files = {name: data for name, data in files.items() if name.startswith(folder) and name.endswith(".JPEG")}
+    for archive in map(ZipFile, paths):
+        files |= {name: archive.read(name) for name in archive.namelist() if fnmatch(name, f"{folder}/*.JPEG")}
     names = sorted(files, key=lambda name: (name.split("/")[-2], name))
     with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside Python's lock
         images = list(pool.map(lambda name: np.asarray(Image.open(BytesIO(files[name])).convert("RGB")), names))
@@ -104,8 +101,8 @@ def uniform(images: Tensor, low: float, high: float, *shape: int) -> Tensor:
     return images.new_empty(len(images), *(shape or (1, 1, 1))).uniform_(low, high)
 
 
-def warp(images: Tensor, zoom: tuple[float, float], turn: float) -> Tensor:
-    """Random zoom (above 1: smaller), turn, shear, aspect, shift and mirroring; reflected at the border."""
+def warp(images: Tensor, zoom: tuple[float, float], turn: float, padding: str) -> Tensor:
+    """Random zoom (above 1: smaller), turn, shear, aspect, shift and mirroring."""
     scale, flip = uniform(images, *zoom, 1)[:, 0], torch.where(uniform(images, 0, 1, 1)[:, 0] < 0.5, -1.0, 1.0)
     angle, shear, aspect = uniform(images, -1, 1, 3).unbind(1)
     angle, shear, aspect = turn * angle, 0.12 * shear, (0.15 * aspect).exp()
@@ -116,7 +113,7 @@ def warp(images: Tensor, zoom: tuple[float, float], turn: float) -> Tensor:
     maps[:, 1, 1] = scale / aspect * angle.cos()
     maps[:, :, 2] = uniform(images, -0.12, 0.12, 2)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
 
 
 def mix_channels(images: Tensor) -> Tensor:
@@ -144,7 +141,7 @@ def erase(images: Tensor, colour: Tensor) -> Tensor:
 
 def augment_icons(images: Tensor) -> Tensor:
     """Images in [0, 1]: other strokes (bolder, thinner, outlines) and, for a half, other colours."""
-    ink = 1 - warp(images, (0.75, 1.25), turn=0.25)
+    ink = warp(1 - images, (0.75, 1.25), turn=0.25, padding="zeros")
     grown, shrunk = F.max_pool2d(ink, 3, 1, 1), -F.max_pool2d(-ink, 3, 1, 1)
     kind = uniform(images, 0, 1)
     ink = torch.where(kind < 0.12, grown, torch.where(kind < 0.24, (ink + shrunk) / 2, ink))
@@ -159,7 +156,7 @@ def augment_icons(images: Tensor) -> Tensor:
 
 def augment_photos(images: Tensor) -> Tensor:
     """Images in [0, 1]: crops, contrast, brightness, colours."""
-    images = soften(mix_channels(warp(images, (0.6, 1.05), turn=0.2)))
+    images = soften(mix_channels(warp(images, (0.6, 1.05), turn=0.2, padding="reflection")))
     mean = images.mean((1, 2, 3), keepdim=True)
     images = (images - mean) * uniform(images, 0.6, 1.4) + mean * uniform(images, 0.6, 1.4)
     return erase(images.clamp(0, 1), uniform(images, 0, 1, 3, 1, 1))
@@ -215,11 +212,9 @@ def make_optimizers(model: Pretrainer, args) -> list[torch.optim.Optimizer]:
     """No weight decay on biases, norms, the CLS token and the position embedding."""
     groups = {"muon": [], "decayed": [], "others": []}
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or name.endswith(("_token", "pos_embed")):
-            groups["others"].append(parameter)
-        else:
-            is_muon = args.optimizer == "muon" and parameter.ndim == 2 and "blocks" in name
-            groups["muon" if is_muon else "decayed"].append(parameter)
+        is_decayed = parameter.ndim > 1 and not name.endswith(("_token", "pos_embed"))
+        is_muon = args.optimizer == "muon" and is_decayed and "blocks" in name
+        groups["muon" if is_muon else "decayed" if is_decayed else "others"].append(parameter)
     adamw = [{"params": groups["decayed"], "weight_decay": WEIGHT_DECAY}, {"params": groups["others"]}]
     optimizers = [torch.optim.AdamW(adamw, lr=args.lr, weight_decay=0.0, fused=True)]
     if groups["muon"]:  # steps as large as AdamW's, so the learning rate means the same
@@ -291,18 +286,18 @@ def report(name: str, model: nn.Module, sets: dict[str, list[Images]]) -> None:
     for title, parts in sets.items():
         train, test = features_of(model, parts)
         cosine = F.normalize(train.images, dim=1).mean(0).square().sum()
-        values = nearest_mean(train, test), linear_probe(train, test), cosine
-        print(f"{name:23} {title:14} nearest mean {values[0]:.1f}, linear {values[1]:.1f}, cosine {values[2]:.2f}")
+        mean, linear = nearest_mean(train, test), linear_probe(train, test)
+        print(f"{name:23} {title:15} nearest mean {mean:.1f}, linear {linear:.1f}, cosine {cosine:.2f}")
 
 
-def train(args, icons: Images, photos: Images | None, held: dict[str, list[Images]]) -> None:
+def train(args, icons: Images, photos: Images, held: dict[str, list[Images]]) -> None:
     """Pre-train one model, resuming from its checkpoint if there is one, and export it."""
     args.out.mkdir(parents=True, exist_ok=True)
     path, weights = args.out / "checkpoint.pt", args.out / f"{args.model}.safetensors"
-    icon_sampler, photo_sampler = PairSampler(icons), photos and PairSampler(photos)
+    icon_sampler, photo_sampler = PairSampler(icons), PairSampler(photos)
     num_icons, photo_pairs = len(icon_sampler.counts), round(args.photo_share * args.batch / 2)
-    num_classes = num_icons + (len(photo_sampler.counts) if photos else 0)
-    steps = (len(icons.labels) + (len(photos.labels) if photos else 0)) // args.batch
+    num_classes = num_icons + len(photo_sampler.counts)
+    steps = (len(icons.labels) + len(photos.labels)) // args.batch
     torch.manual_seed(args.seed)
     model = Pretrainer(args.model, num_classes, args.drop_path).to(args.device)
     run_model = torch.compile(model) if args.compile else model
@@ -359,9 +354,11 @@ def train(args, icons: Images, photos: Images | None, held: dict[str, list[Image
             left = 60 * args.minutes - (time.perf_counter() - args.start)
             planned = epoch + 1 + int(left / (time.perf_counter() - timed) * (epoch - first))
             total = min(args.epochs if epoch < first + 4 else total, max(planned, epoch + 1))
-    sample = [icons.images[torch.randperm(len(icons.labels))[: round(8192 * (1 - args.photo_share))]]]
-    if photos:
-        sample += [photos.images[torch.randperm(len(photos.labels))[: round(8192 * args.photo_share)]]]
+    torch.manual_seed(args.seed)
+    sizes = round(8192 * (1 - args.photo_share)), round(8192 * args.photo_share)
+    sample = [
+        data.images[torch.randperm(len(data.images))[:size]] for data, size in zip((icons, photos), sizes, strict=True)
+    ]
     export(model, torch.cat(sample), weights)
 
 
@@ -380,7 +377,7 @@ def probe(folder: Path, sets: dict[str, list[Images]], device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--icons", type=Path, help="base.npz")
-    parser.add_argument("--photos", type=Path, nargs="+", default=[], help="zip files or folders")
+    parser.add_argument("--photos", type=Path, nargs="+", default=[], help="zip files")
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--out", type=Path, default=WEIGHTS_DIR, help="folder of checkpoint.pt and the weights")
     parser.add_argument("--photo_share", type=float, help="of a batch, default 0.4 (base) or 0.3 (small)")
@@ -404,7 +401,7 @@ def main() -> None:
             sets["novel photos"] = [load_photos(args.photos, f"novel/{part}") for part in ("train", "val")]
     elif args.icons and (args.probe or args.model):
         icons, *held_icons = load_icons(args.icons)
-        sets, photos = {"held-out icons": held_icons}, None
+        sets, photos = {"held-out icons": held_icons}, icons.select(torch.zeros_like(icons.labels, dtype=torch.bool))
         if args.photos:
             data = load_photos(args.photos, "base")
             photos, *sets["held-out photos"] = data.split(data.labels % 9 == 0)
@@ -416,8 +413,8 @@ def main() -> None:
     for flag, value in DEFAULTS[args.model].items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
-    args.photo_share *= bool(photos)
-    train(args, icons.to(args.device), photos.to(args.device) if photos else None, sets)
+    args.photo_share *= bool(args.photos)
+    train(args, icons.to(args.device), photos.to(args.device), sets)
     probe(args.out, sets, args.device)
 
 
