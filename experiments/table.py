@@ -23,10 +23,14 @@ from utils.report.table import METHODS
 ROOT = Path(__file__).resolve().parents[1]
 LEARNERS = {"CODAPrompt": [], "DualPrompt": [], "L2P": [], "APT": ["--ema_coeff", "0.7"]}  # flags as in the paper
 PAPER = {"kd": [*METHODS, "KD_Token:1,6", "KD_Token:12,6"], "pairs": ["base-small", "large-base"]}
+# A student of width 96 has no more than 96 orthogonal components, and four blocks.
+MINI = {"kd": [*METHODS, "KD_Token:1,6", "KD_Token:4,6"], "pairs": ["mini"]}
+MINI |= {"flags": {"CODAPrompt": ["--prompt_param", "50", "8", "0"]}}
 DATASETS = {
     "cifar-100": {"config": "configs/cifar-100_prompt.yaml", **PAPER},
     "imagenet-r": {"config": "configs/imnet-r_prompt.yaml", **PAPER},
-    "icon-r": {"config": "configs/icon-r_prompt.yaml", "kd": [*METHODS, "KD_Token:4,6"], "pairs": ["mini"]},
+    "icon-r": {"config": "configs/icon-r_prompt.yaml", **MINI},
+    "folder": {"config": "configs/folder.yaml", **MINI},
 }
 PAIRS = {
     "base-small": "--t_model vit_base_patch16_224 --s_model vit_small_patch16_224",
@@ -73,14 +77,20 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def list_runs(options: argparse.Namespace, more: list[str]) -> dict[Path, list[str]]:
     """List all runs of the table: folder -> flags, without the teacher."""
-    runs = {}
+    runs, dataset = {}, DATASETS[options.dataset]
     # All learners come before the next method: with several jobs its teachers are trained by then.
     for seed, pair, kd, learner in itertools.product(options.seeds, options.pairs, options.kd, options.learners):
         method, *param = kd.replace(":", ",").split(",")
         folder = options.out / pair / learner / "-".join([method, *param]) / f"seed-{seed}"
-        flags = ["--config", str(ROOT / DATASETS[options.dataset]["config"]), "--dataroot", str(ROOT / "data")]
+        flags = ["--config", str(ROOT / dataset["config"]), "--dataroot", str(ROOT / "data")]
         flags += ["--learner_type", "prompt", "--learner_name", learner, *PAIRS[pair].split(), "--random_s", str(seed)]
-        flags += [*LEARNERS.get(learner, []), "--KD_method", method, *(["--kd_prompt_param", *param] if param else [])]
+        flags += [
+            *LEARNERS.get(learner, []),
+            *dataset.get("flags", {}).get(learner, []),
+            "--KD_method",
+            method,
+            *(["--kd_prompt_param", *param] if param else []),
+        ]
         runs[folder] = [*flags, "--log_dir", str(folder), *more]
     return runs
 
