@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dataloaders.emoji_r import EmojiR
+from dataloaders.icon_r import IconR
 from dataloaders.transforms import to_unit
 from models.backbones import load_backbone
 from models.mini_vit import weights_path
@@ -24,7 +24,7 @@ def nearest_mean(train: Tensor, train_labels: np.ndarray, test: Tensor, test_lab
 @pytest.mark.parametrize("name", OWN_MODELS)
 def test_weights_are_the_documented_ones_and_beat_raw_pixels_on_novel_classes(name):
     """Untrained transformers do worse than pixels here, so only pre-training can win."""
-    backbone, source = load_backbone(name), EmojiR(DataConfig(), seed=0)
+    backbone, source = load_backbone(name), IconR(DataConfig(), seed=0)
     vit = backbone.vit
     assert backbone.tag == name and (vit.depth, vit.image_size, vit.num_tokens) == known_size(name)
     assert backbone.sha256 in weights_path(name).with_name("README.md").read_text(encoding="utf-8")
