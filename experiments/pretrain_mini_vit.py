@@ -1,7 +1,7 @@
 """Pre-train mini_vit_base or mini_vit_small on icons and photographs, on one GPU (or, patiently, on a CPU).
 
     python -m experiments.pretrain_mini_vit --icons base.npz --photos tiny-imagenet.zip \
-        --model mini_vit_base --out runs/base --device cuda --minutes 2.5
+        --model mini_vit_base --out runs/base --device cuda
     python -m experiments.pretrain_mini_vit --icons base.npz --photos tiny-imagenet.zip --probe
     python -m experiments.pretrain_mini_vit --photos tiny-imagenet.zip --probe --novel
 
@@ -11,8 +11,8 @@ command resumes, and ``OUT/<model>.safetensors``: fp16, BatchNorm folded, for im
 held-out base classes, which are never trained on; ``--novel`` probes the classes of the benchmarks, once, at the end.
 
 Recipe: cosine classifier over all classes plus a supervised contrastive loss (Khosla et al., 2020) on pairs of
-pictures of one class, BatchNorm on the CLS feature in training, a quarter of the tokens dropped, cosine schedule.
-AdamW; with ``--optimizer muon`` the blocks' matrices are trained by Muon (torch 2.9 or later).
+pictures of one class, BatchNorm on the CLS feature in training, a quarter of the tokens dropped, cosine schedule;
+Muon for the blocks' matrices, AdamW for the rest. Needs torch 2.9 or later.
 
 Shapes: B batch, D width.
 """
@@ -20,7 +20,6 @@ Shapes: B batch, D width.
 import argparse
 import math
 import os
-import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -42,11 +41,9 @@ from models.mini_vit import WEIGHTS_DIR, mini_vit_base, mini_vit_small
 from utils.config import DataConfig
 
 MODELS = {"mini_vit_base": mini_vit_base, "mini_vit_small": mini_vit_small}
-DEFAULTS = {  # values of the flags that differ between the models
-    "mini_vit_base": {"lr": 1e-3, "photo_share": 0.4, "drop_path": 0.1},
-    "mini_vit_small": {"lr": 2e-3, "photo_share": 0.3, "drop_path": 0.0},
-}
-WEIGHT_DECAY, WARMUP_STEPS, TOKEN_DROP = 0.05, 200, 0.25
+EPOCHS = {"mini_vit_base": 37, "mini_vit_small": 17}
+DROP_PATH = {"mini_vit_base": 0.05, "mini_vit_small": 0.0}
+BATCH, LR, WEIGHT_DECAY, WARMUP_STEPS, TOKEN_DROP = 512, 2e-3, 0.05, 200, 0.25
 LOGIT_SCALE, TEMPERATURE, LABEL_SMOOTHING = 20.0, 0.1, 0.05
 
 
@@ -182,7 +179,7 @@ class PairSampler:
 class Pretrainer(nn.Module):
     """The backbone with BatchNorm in the stem and on the feature, and a cosine classifier: for pre-training only."""
 
-    def __init__(self, name: str, num_classes: int, drop_path: float):
+    def __init__(self, name: str, num_classes: int):
         super().__init__()
         self.backbone = MODELS[name]()
         for index, block in enumerate(self.backbone.patch_embed.body):
@@ -190,7 +187,7 @@ class Pretrainer(nn.Module):
             self.backbone.patch_embed.body[index] = nn.Sequential(OrderedDict(parts))
         self.backbone.patch_drop = PatchDropout(TOKEN_DROP, num_prefix_tokens=1)
         for block in self.backbone.blocks:
-            block.drop_path1, block.drop_path2 = DropPath(drop_path), DropPath(drop_path)
+            block.drop_path1, block.drop_path2 = DropPath(DROP_PATH[name]), DropPath(DROP_PATH[name])
         self.feature_norm = nn.BatchNorm1d(self.backbone.embed_dim, affine=False)
         self.classifier = nn.Linear(self.backbone.embed_dim, num_classes, bias=False)
 
@@ -208,25 +205,19 @@ class Pretrainer(nn.Module):
         return loss, (logits.argmax(1) == labels).float().mean()
 
 
-def make_optimizers(model: Pretrainer, args) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Pretrainer) -> list[torch.optim.Optimizer]:
     """No weight decay on biases, norms, the CLS token and the position embedding."""
     groups = {"muon": [], "decayed": [], "others": []}
     for name, parameter in model.named_parameters():
         is_decayed = parameter.ndim > 1 and not name.endswith(("_token", "pos_embed"))
-        is_muon = args.optimizer == "muon" and is_decayed and "blocks" in name
-        groups["muon" if is_muon else "decayed" if is_decayed else "others"].append(parameter)
+        groups["others" if not is_decayed else "muon" if "blocks" in name else "decayed"].append(parameter)
     adamw = [{"params": groups["decayed"], "weight_decay": WEIGHT_DECAY}, {"params": groups["others"]}]
-    optimizers = [torch.optim.AdamW(adamw, lr=args.lr, weight_decay=0.0, fused=True)]
-    if groups["muon"]:  # steps as large as AdamW's, so the learning rate means the same
-        settings = {"weight_decay": WEIGHT_DECAY, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(groups["muon"], lr=args.lr, **settings))
-    return optimizers
-
-
-class Pixels(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:
-        """16x16 grey values of images [B, 3, 64, 64], as features [B, 256]."""
-        return F.avg_pool2d(images.mean(1, keepdim=True), 4).flatten(1)
+    # Steps as large as AdamW's, so that the learning rate means the same.
+    muon = {"weight_decay": WEIGHT_DECAY, "adjust_lr_fn": "match_rms_adamw"}
+    return [
+        torch.optim.AdamW(adamw, lr=LR, weight_decay=0.0, fused=True),
+        torch.optim.Muon(groups["muon"], lr=LR, **muon),
+    ]
 
 
 @torch.no_grad()
@@ -296,19 +287,18 @@ def train(args, icons: Images, photos: Images, held: dict[str, list[Images]]) ->
     path, weights = args.out / "checkpoint.pt", args.out / f"{args.model}.safetensors"
     icon_sampler, photo_sampler = PairSampler(icons), PairSampler(photos)
     num_icons, photo_pairs = len(icon_sampler.counts), round(args.photo_share * args.batch / 2)
+    total = args.epochs or EPOCHS[args.model]
     num_classes = num_icons + len(photo_sampler.counts)
     steps = (len(icons.labels) + len(photos.labels)) // args.batch
     torch.manual_seed(args.seed)
-    model = Pretrainer(args.model, num_classes, args.drop_path).to(args.device)
-    run_model = torch.compile(model) if args.compile else model
-    optimizers, first, total = make_optimizers(model, args), 0, args.epochs
+    model = Pretrainer(args.model, num_classes).to(args.device)
+    optimizers, first = make_optimizers(model), 0
     if path.exists():
         saved = torch.load(path, weights_only=True, map_location=args.device)
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        first, total = saved["epoch"], saved["total"]
-    print(f"{args.model}: {num_classes} classes, {steps} steps an epoch, from epoch {first} of {total}; {vars(args)}")
+        first = saved["epoch"]
 
     def train_epoch(epoch: int) -> Tensor:
         """Mean loss and accuracy, [2]."""
@@ -318,14 +308,14 @@ def train(args, icons: Images, photos: Images, held: dict[str, list[Images]]) ->
         for step in range(epoch * steps, (epoch + 1) * steps):
             factor = min(1, (step + 1) / WARMUP_STEPS) * max(0.5 * (1 + math.cos(math.pi * step / total / steps)), 1e-3)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = args.lr * factor
+                group["lr"] = LR * factor
             images, labels = icon_sampler.draw(args.batch // 2 - photo_pairs)
             images = augment_icons(images)
             if photo_pairs:
                 pictures = photo_sampler.draw(photo_pairs)
                 images = torch.cat([images, augment_photos(pictures.images)])
                 labels = torch.cat([labels, num_icons + pictures.labels])
-            loss, accuracy = run_model(images, labels)
+            loss, accuracy = model(images, labels)
             model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -334,26 +324,17 @@ def train(args, icons: Images, photos: Images, held: dict[str, list[Images]]) ->
             results += torch.stack([loss.detach(), accuracy])
         return results / steps
 
-    for epoch in range(first, args.epochs):
-        if epoch >= total:
-            break
-        if epoch == first + 1:
-            timed = time.perf_counter()  # the first epoch is slower
+    for epoch in range(first, total):
         loss, accuracy = train_epoch(epoch).tolist()
-        seconds = time.perf_counter() - args.start
-        line = f"epoch {epoch + 1} of {total}: {seconds:.0f} s, loss {loss:.3f}, accuracy {100 * accuracy:.1f}"
+        line = f"epoch {epoch + 1} of {total}: loss {loss:.3f}, accuracy {100 * accuracy:.1f}"
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == total:
             state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            torch.save({"epoch": epoch + 1, "total": total, **state}, path.with_suffix(".tmp"))
+            torch.save({"epoch": epoch + 1, **state}, path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)  # a kill leaves no half file
             for title, parts in held.items():
                 accuracy = nearest_mean(*features_of(model.backbone, parts))
                 line += f", {title} {accuracy:.1f}"
         print(line, flush=True)
-        if args.minutes and epoch > first:
-            left = 60 * args.minutes - (time.perf_counter() - args.start)
-            planned = epoch + 1 + int(left / (time.perf_counter() - timed) * (epoch - first))
-            total = min(args.epochs if epoch < first + 4 else total, max(planned, epoch + 1))
     torch.manual_seed(args.seed)
     sizes = round(8192 * (1 - args.photo_share)), round(8192 * args.photo_share)
     sample = [
@@ -380,21 +361,15 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, nargs="+", default=[], help="zip files")
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--out", type=Path, default=WEIGHTS_DIR, help="folder of checkpoint.pt and the weights")
-    parser.add_argument("--photo_share", type=float, help="of a batch, default 0.4 (base) or 0.3 (small)")
-    parser.add_argument("--lr", type=float, help="default 1e-3 (base) or 2e-3 (small)")
-    parser.add_argument("--drop_path", type=float, help="default 0.1 (base) or 0 (small)")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    parser.add_argument("--batch", type=int, default=512, help="pictures, half as many pairs")
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--minutes", type=float, help="fewer epochs if they would take longer than this in all")
+    parser.add_argument("--photo_share", type=float, default=0.3, help="of a batch")
+    parser.add_argument("--batch", type=int, default=BATCH, help="pictures, half as many pairs")
+    parser.add_argument("--epochs", type=int, help=f"default: {EPOCHS}")
     parser.add_argument("--save_every", type=int, default=10, help="epochs between two checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: worth its minute in long runs")
     parser.add_argument("--probe", action="store_true", help="evaluate the weights in OUT, train nothing")
     parser.add_argument("--novel", action="store_true", help="evaluate on Icon-R and the novel photographs")
     args = parser.parse_args()
-    args.start = time.perf_counter()
     if args.novel:
         sets = {"Icon-R": [load_icon_r(True), load_icon_r(False)]}
         if args.photos:
@@ -410,9 +385,6 @@ def main() -> None:
     sets = {title: [part.to(args.device) for part in parts] for title, parts in sets.items()}
     if args.probe or args.novel:
         return probe(args.out, sets, args.device)
-    for flag, value in DEFAULTS[args.model].items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
     args.photo_share *= bool(args.photos)
     train(args, icons.to(args.device), photos.to(args.device), sets)
     probe(args.out, sets, args.device)
