@@ -5,11 +5,12 @@
 #         [--seeds NUMBER ...] [--jobs NUMBER] [--out FOLDER] [-- more flags of run.py]
 #     bash experiments/table.sh cifar-100 --learners L2P --kd none KD_Token:12,6 --pairs base-small -- --gpuid 0
 #
-# DATASET is cifar-100, imagenet-r or icon-r. Without options the whole table is run, with seed 1:
+# DATASET is cifar-100, imagenet-r, icon-r, or folder for images of your own, whose folder -- --dataroot FOLDER names;
+# configs/folder.yaml has its settings. Without options the whole table is run, with seed 1:
 #   --learners  CODAPrompt DualPrompt L2P APT
 #   --kd        none KD DKD FitNets ReviewKD KD_Token:1,6 KD_Token:12,6; --kd_prompt_param follows the colon.
-#               KD_Token:1,6 is the paper's column DeiT, KD_Token:12,6 is D-CDL. icon-r: KD_Token:4,6 instead.
-#   --pairs     base-small large-base; icon-r: mini
+#               KD_Token:1,6 is the paper's column DeiT, KD_Token:12,6 is D-CDL. icon-r and folder: KD_Token:4,6.
+#   --pairs     base-small large-base; icon-r and folder: mini
 #   --jobs      runs at a time, with one thread each if there are several (1)
 #   --out       folder of runs and report (outputs/table/DATASET in the project's folder)
 #

@@ -130,8 +130,8 @@ def main(argv: Sequence[str]) -> None:
     learner, batch, _ = build(config, options.num_tasks, options.num_tasks)
     operations = make_operations(learner, batch)
     result = {name: measure(learner, name, operation, options.repeats) for name, operation in operations.items()}
-    # After task i, the test sets of i tasks are evaluated, i - 1 of them again.
-    seconds = {x: [result[name][x]["seconds"] for name in ("evaluate", "evaluate_again")] for x in (WHOLE, PLAIN)}
-    run = {x: first + again * (options.num_tasks - 1) / 2 for x, (first, again) in seconds.items()}
-    result["evaluation of a run"] = {"ratio": run[PLAIN] / run[WHOLE]}
+    # After task i, the test sets of i tasks are evaluated, i - 1 of them again, which is all the same to a plain step.
+    again, plain = (options.num_tasks - 1) / 2, result["evaluate"][PLAIN]["seconds"]
+    ours = result["evaluate"][WHOLE]["seconds"] + again * result["evaluate_again"][WHOLE]["seconds"]
+    result["evaluation of a run"] = {"ratio": (1 + again) * plain / ours}
     print(json.dumps(result | environment(), indent=2))
