@@ -11,6 +11,7 @@ from experiments import pretrain_mini_vit
 from models.mini_vit import mini_vit_small
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3), dtype=np.uint8)
     np.savez(tmp_path / "base.npz", images=images, labels=np.arange(60) // 6, held=np.arange(10) < 2)
