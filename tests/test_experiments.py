@@ -170,7 +170,8 @@ def test_table_shares_teachers_and_stops_at_a_failure(monkeypatch, capsys, tmp_p
 
 
 def test_table(tmp_path, monkeypatch, capsys):
-    command = f"icon-r --learners L2P --kd none KD --jobs 2 --out {tmp_path} -- --max_task 1 --schedule".split()
+    command = f"icon-r --learners L2P --kd none KD --jobs 2 --out {tmp_path} -- --max_task 1".split()
+    command += "--first_split_size 5 --other_split_size 5 --schedule".split()
     done = call(ROOT / "experiments/table.sh", *command, "1", VIRTUAL_ENV=sys.prefix)
     assert done.returncode == 0 and done.stdout.count(": accuracy ") == 2 and "Task" not in done.stdout, done
     assert (tmp_path / "report/report.html").exists()
