@@ -35,7 +35,10 @@ def mirrored(url: str, data_url: str | None) -> str:
 
 
 def fetch(url: str, target: Path, checksum: Checksum, *, progress: bool = True) -> None:
-    """Download a file unless it exists. ``target`` changes only when it is complete and its checksum is right."""
+    """Download a file unless it exists. ``target`` changes only when it is complete and its checksum is right.
+
+    Raises DataError if it cannot be downloaded; a file that was there before is unchanged.
+    """
     from torch.hub import download_url_to_file  # here, so that a configuration is checked without torch
 
     if checksum.matches(target):

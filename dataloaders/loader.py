@@ -83,6 +83,7 @@ class DataPipeline:
 
     A global training batch is split over the processes into equal parts, a test set into parts that differ
     by at most one image. Batches are converted to float on the device, so that a quarter of the bytes travels.
+    Raises DataError if images that the split lists are missing.
 
     Args:
         stream: the tasks.

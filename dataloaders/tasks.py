@@ -38,7 +38,7 @@ class TaskStream:
     """A data set as a sequence of tasks.
 
     Labels are those of the stream: tasks are contiguous ranges of them. With ``class_order: natural`` they
-    are the source's own.
+    are the source's own. Raises DataError if a task would have no training images or no test images.
 
     Args:
         source: the images; its test part is not loaded with ``validation``.

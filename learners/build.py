@@ -48,7 +48,10 @@ class Run:
 
 
 def build_run(config: Config, parallel: Parallel, resumed_dir: Path | None = None) -> Run:
-    """Build all objects of a run; ``resumed_dir`` is its ``log_dir`` if it has started before."""
+    """Build all objects of a run; ``resumed_dir`` is its ``log_dir`` if it has started before.
+
+    Raises ConfigError if data or weights are missing or damaged, or sizes do not fit.
+    """
     if config.device is None and config.gpuid is None and parallel.device.type == "cpu" and cuda_devices():
         _log.warning("This run computes on the CPU although the driver lists GPUs: %s", cuda_problem((0,)))
     set_precision(config.precision)
@@ -91,7 +94,7 @@ def build_learner(
     """Teacher, student and KD method of a configuration.
 
     The initial values of each part come from a random stream of its own, so equal parts start equal whatever else the
-    run has.
+    run has. Raises ConfigError if the sizes of the backbones do not fit each other or the KD method.
 
     Args:
         vits: backbones by role; the student's also gives the query. A KD method without teacher ignores the teacher's.

@@ -38,7 +38,7 @@ def evaluate(run: Run, task: int, between: Callable[[], None] = lambda: None) ->
 
     Returns:
         By role the accuracies (%) on tasks 0 … ``task``, top 1 over all classes seen; and by role and layer the mean
-        use of the pool's entries by the test images of ``task``.
+        use of the pool's entries by the test images of ``task``. Raises NonFiniteError if a logit is not finite.
     """
     step, parallel = run.learner.evaluator(), run.parallel
     seen = run.stream.classes(task).stop
@@ -84,7 +84,8 @@ def _usage(run: Run, task: int) -> dict[str, dict[str, list[float]]]:
 def run(config: Config) -> int:
     """Check data, or evaluate, export or use the models of ``config.log_dir``; returns the exit code.
 
-    Of several processes the main one does all of it.
+    Of several processes the main one does all of it. Raises ConfigError if the data cannot be read, or if the folder
+    holds no finished task or a damaged one.
     """
     if not is_main_process():
         return 0

@@ -94,7 +94,8 @@ def build_student(metadata: dict[str, Any], vit: PromptedViT) -> StudentClassifi
 def export(classifier: StudentClassifier, metadata: dict[str, Any], path: Path) -> None:
     """Write the student: tensors (``.safetensors``) or a ``torch.export`` program (``.pt2``), with a ``.json`` beside.
 
-    The JSON is needed for either: it names the classes, in the order of the logits, and the input.
+    The JSON is needed for either: it names the classes, in the order of the logits, and the input. Raises
+    ConfigError if it would replace a file that is something else, RunFolderError if a file cannot be written.
     """
     beside = path.with_suffix(".json")
     if beside.exists() and not {"backbone", "classes_seen"} <= RunFolder(path.parent).read_json(beside.name).keys():
@@ -114,7 +115,7 @@ def export(classifier: StudentClassifier, metadata: dict[str, Any], path: Path) 
 
 
 def load_exported(path: Path) -> StudentClassifier:
-    """Rebuild the student from an exported ``.safetensors`` file alone."""
+    """Rebuild the student from an exported ``.safetensors`` file alone; ConfigError if it is no such file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads(file.metadata()["description"])

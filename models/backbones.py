@@ -47,7 +47,7 @@ def full_name(name: str) -> str:
 def load_backbone(
     name: str, *, weights: Path | None = None, pretrained: bool = True, normalize: bool = False
 ) -> Backbone:
-    """Build a frozen backbone.
+    """Build a frozen backbone; ConfigError if the name, file or kind of model cannot be used, or weights are missing.
 
     Args:
         name: ``mini_vit_base``, ``mini_vit_small``, or a timm ``VisionTransformer`` with or without tag.
@@ -85,7 +85,7 @@ def load_backbone(
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read the tensors in a ``.pth`` or ``.safetensors`` file, without running code from it.
+    """Read the tensors in a ``.pth`` or ``.safetensors`` file, without running code from it; ConfigError if that fails.
 
     Returns:
         The state dict without wrappers (``state_dict``, ``model``), prefixes (``module.``) and other values.

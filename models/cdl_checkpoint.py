@@ -39,7 +39,10 @@ def find_checkpoint(path: Path, role: str) -> Path:
 
 
 def load_checkpoint(path: Path, role: str) -> dict[str, Tensor]:
-    """Load the trained parts of one model; arguments and errors are those of :func:`find_checkpoint`."""
+    """Load the trained parts of one model; arguments are those of :func:`find_checkpoint`.
+
+    Raises ConfigError if the file is missing or damaged, or holds Python objects or no trained parts.
+    """
     file = find_checkpoint(path, role)
     state = read_state(file)
     if not any(_MODEL.match(key) for key in state):

@@ -59,6 +59,7 @@ class PromptedViT(nn.Module):
 
     The weights are frozen and the model always runs in evaluation mode. Gradients pass through it to the
     prompts but never reach its weights, so no linear layer keeps its input for the backward pass.
+    Raises ConfigError for a ``vit`` that :func:`check_supported` refuses.
     """
 
     def __init__(self, vit: VisionTransformer | Eva) -> None:

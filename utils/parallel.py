@@ -231,6 +231,8 @@ def lost_process(error: RuntimeError) -> bool:
 def choose_device(device: str | None, gpuids: Sequence[int] | None, local_rank: int | None = None) -> torch.device:
     """The (first) device of this process; with neither ``--device`` nor ``--gpuid``, a GPU if torch can use it.
 
+    Raises ConfigError if torch cannot use a GPU that was asked for.
+
     Args:
         device: "cpu", "cuda" or "mps", or a device's name in torch ("cuda:1").
         gpuids: (-1,) is the CPU.

@@ -101,7 +101,8 @@ def gram_schmidt_growth(before: Tensor, draws: Tensor, start: int) -> Tensor:
 
     Rows before ``start`` stay the same. Row start + i becomes ``draws[i]`` minus its projections on all earlier
     rows, each computed from the draw itself. Learned rows are neither orthogonal nor of unit length, and the new
-    rows are normalised only after all of them are made. Rows past the new ones become 0.
+    rows are normalised only after all of them are made. Rows past the new ones become 0. Raises ConfigError if an
+    earlier row is (nearly) zero, so that nothing can be projected on it.
 
     Args:
         before: [M, ...], flattened to [M, width].
