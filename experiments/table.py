@@ -24,8 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 LEARNERS = {"CODAPrompt": [], "DualPrompt": [], "L2P": [], "APT": ["--ema_coeff", "0.7"]}  # flags as in the paper
 PAPER = {"kd": [*METHODS, "KD_Token:1,6", "KD_Token:12,6"], "pairs": ["base-small", "large-base"]}
 # A student of width 96 has no more than 96 orthogonal components, and four blocks.
-MINI = {"kd": [*METHODS, "KD_Token:1,6", "KD_Token:4,6"], "pairs": ["mini"]}
-MINI |= {"flags": {"CODAPrompt": ["--prompt_param", "50", "8", "0"]}}
+MINI = {
+    "kd": [*METHODS, "KD_Token:1,6", "KD_Token:4,6"],
+    "pairs": ["mini"],
+    "flags": {"CODAPrompt": ["--prompt_param", "50", "8", "0"]},
+}
 DATASETS = {
     "cifar-100": {"config": "configs/cifar-100_prompt.yaml", **PAPER},
     "imagenet-r": {"config": "configs/imnet-r_prompt.yaml", **PAPER},

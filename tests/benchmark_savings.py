@@ -2,7 +2,8 @@
 
     python -m tests.benchmark savings --batch_size 8 --repeats 5
 
-"plain" is a step without any of them, which is how the authors' code computes. All variants give the same losses
+"plain" is a step without any of them, which is how the authors' code computes (but ``evaluate_again`` keeps one query
+for both models: without any saving it is ``evaluate``). All variants give the same losses
 (``tests/test_benchmark.py``). Every round runs each variant once, and a ratio is the median over rounds of seconds
 without / seconds with, so that a machine whose speed drifts does not favour one of them. The expected ratio is that
 of the counted arithmetic.
