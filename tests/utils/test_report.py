@@ -1,4 +1,5 @@
 import csv
+import gzip
 import io
 import json
 import os
@@ -20,7 +21,7 @@ PAPERS = {"dataset": "CIFAR100", "tasks": 10, "t_model": "vit_base_patch16_224",
 def no_pictures(request, monkeypatch):
     """Drawing takes most of a report's time, so only the page in a browser has pictures."""
     if "browser" not in request.node.name:
-        monkeypatch.setattr("utils.report.page.render", lambda *arguments, endings: {"png": b"picture"})
+        monkeypatch.setattr("utils.report.formats.render", lambda *arguments, endings: {"png": b"picture"})
 
 
 def put(folder, *, final=60.0, tasks=2, done=None, method="KD", seed=1, **changes):
@@ -37,7 +38,7 @@ def put(folder, *, final=60.0, tasks=2, done=None, method="KD", seed=1, **change
 def report(*folders, out):
     """The four files by their ending."""
     assert main([*map(str, folders), "--out", str(out)]) == 0
-    return {path.suffix[1:]: path.read_text(encoding="utf-8") for path in out.iterdir()}
+    return {path.suffix[1:]: path.read_text(encoding="utf-8") for path in out.glob("report.*")}
 
 
 def cells(files, student=None):
@@ -103,8 +104,9 @@ def test_gain_over_no_distillation_is_paired_by_seed(tmp_path):
     files = report(tmp_path / "runs", out=tmp_path / "out")
     row = cells(files)["L2P", "KD", "", ""]
     assert (row["gain_over_none_mean"], row["gain_over_none_n"]) == ("2.5", "2")
-    assert float(row["gain_over_none_std"]) == pytest.approx(0.5**0.5, rel=1e-5)
-    assert "+2.50 ± 0.71 (n = 2)" in files["md"] and "+2.50 ± 0.71 (n = 2)" in files["html"]
+    assert float(row["gain_over_none_se"]) == pytest.approx(0.5)
+    assert "+2.50 ± 0.50 (n = 2)" in files["md"] and "+2.50 ± 0.50 (n = 2)" in files["html"]
+    assert "](curves-1.png)" in files["md"] and (tmp_path / "out/curves-1.png").read_bytes() == b"picture"
 
 
 def test_best_of_a_row_is_among_the_cells_with_the_most_seeds(tmp_path):
@@ -169,9 +171,11 @@ def test_a_run_counts_once_and_its_measures_are_computed_again(tmp_path):
     path.write_text(path.read_text().replace('"final_average_accuracy": 60.0', '"final_average_accuracy": 99.0'))
     assert read_run(tmp_path / "runs/a").accuracy == 60.0
     put(tmp_path / "runs/b", tasks=3, done=1)  # same settings and seed, not as far
+    (tmp_path / "runs/kept.json.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert read_run(tmp_path / "runs/kept.json.gz").identity == read_run(tmp_path / "runs/a").identity
     runs, unused = find_runs([tmp_path, tmp_path / "runs", tmp_path / "runs/a"])
     assert len(runs) == 1 and runs[0].complete
-    assert [reason.partition(" of ")[0] for _, reason in unused] == ["has the settings and the seed"]
+    assert [reason.partition(" of ")[0] for _, reason in unused] == ["has the settings and the seed"] * 2
 
 
 def test_text_from_folders_is_escaped(tmp_path):

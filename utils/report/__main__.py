@@ -1,8 +1,8 @@
 """One report over many runs: ``python -m utils.report DIR… --out report/``.
 
-Finds the runs below the folders, joins those that differ only in the seed, and writes ``report.md``, ``report.csv``,
-``report.tex`` and ``report.html`` in the layout of the paper's table, with the paper's numbers beside ours. Measures
-are computed again from the accuracies, and all text is escaped.
+Finds the runs below the folders, joins those that differ only in the seed, and writes ``report.md`` with its
+pictures, ``report.csv``, ``report.tex`` and ``report.html`` in the layout of the paper's table, with the paper's
+numbers beside ours. Measures are computed again from the accuracies, and all text is escaped.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(problem)
     # These load packages.
     from utils.logging import setup_logging
-    from utils.report.formats import compose, csv_text, latex, markdown
+    from utils.report.formats import compose, csv_text, latex, markdown, picture_files
     from utils.report.page import html_page
     from utils.report.runs import find_runs
     from utils.report.table import build_tables
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.out.mkdir(parents=True, exist_ok=True)
         for ending, text in texts.items():  # names of folders may hold bytes that are not UTF-8
             (arguments.out / f"report.{ending}").write_text(text, encoding="utf-8", errors="replace")
+        for name, png in picture_files(sections).items():
+            (arguments.out / name).write_bytes(png)
     except OSError as error:
         parser.error(f"--out {arguments.out} cannot be written: {error}")
     complete = sum(run.complete for run in runs)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from utils.metrics import MEASURES
+from utils.plots import accuracy_limits, draw_curves, render
 from utils.report.runs import Run
 from utils.report.table import Cell, Line, shared_settings
 
@@ -20,7 +21,7 @@ ABOUT = (
 )
 _ABOUT_GAINS = (
     "Student's accuracy minus that of the same student without distillation and with the same seed, in points: mean ± "
-    "sample standard deviation of the n paired differences."
+    "standard error of the n paired differences."
 )
 _ABOUT_CURVES = "Mean over the complete runs of each KD method, with the final accuracy; without distillation: dotted."
 _ABOUT_PAPER = (
@@ -34,7 +35,7 @@ _RUN = ("folder", "data", *_NAMES, "KD method", "seed", "tasks", "accuracy (%)",
 _CSV_NAMES = "dataset t_model s_model learner_name KD_method kd_prompt_param settings seeds n unfinished"
 _CSV_MEASURES = (*((name, "student") for name in MEASURES), ("final_average_accuracy", "teacher"))
 _CSV_OTHERS = "paper_accuracy paper_forgetting difference_accuracy difference_forgetting"
-_CSV_GAINS = "gain_over_none_mean gain_over_none_std gain_over_none_n"
+_CSV_GAINS = "gain_over_none_mean gain_over_none_se gain_over_none_n"
 _CAPTION = (
     "average accuracy (%) / forgetting (points) of the student, mean ± standard deviation over n seeds; paper: the "
     "authors' project page (arXiv 2407.13911) as of 2026-08-17."
@@ -53,6 +54,13 @@ class Text(NamedTuple):
     style: str = ""
 
 
+class Picture(NamedTuple):
+    """A PNG, and the text for those who cannot see it."""
+
+    alt: str
+    png: bytes
+
+
 class Section(NamedTuple):
     """A heading, and the paragraph, table and pictures below it, as far as there are any."""
 
@@ -62,7 +70,7 @@ class Section(NamedTuple):
     head: Sequence[str] = ()
     rows: Sequence[Sequence[Sequence[Text]]] = ()
     leading: int = 1  # cells at the start of a row that name it
-    curves: Sequence[Line] = ()  # lines of a table whose runs are drawn, a picture each, where the format can
+    pictures: Sequence[Picture] = ()
 
 
 def compose(
@@ -73,8 +81,8 @@ def compose(
     sections = [Section(1, TITLE, f"{ABOUT} {_ABOUT_PAPER}" if has_paper else ABOUT)]
     for dataset, lines in tables.items():
         sections += [_results(dataset, lines), _gains(lines)]
-        drawn = [line for line in lines if line.runs]
-        sections.append(Section(3, "Accuracy of the students after each task", _ABOUT_CURVES, curves=drawn))
+        pictures = _draw([line for line in lines if line.runs])
+        sections.append(Section(3, "Accuracy of the students after each task", _ABOUT_CURVES, pictures=pictures))
     sections.append(Section(2, "Runs", head=(*_RUN, "state"), rows=[_run(run) for run in runs]))
     rows = [[[Text(folder)], [Text(reason)]] for folder, reason in unused]
     sections.append(Section(2, "Folders not used", head=("folder", "reason"), rows=rows))
@@ -98,6 +106,19 @@ def _gains(lines: Sequence[Line]) -> Section:
         texts = [f"{spread(of[column], '+')} (n = {of[column][2]})" if column in of else "" for column in columns]
         rows.append([*_names(line), *([Text(text)] for text in texts)])
     return Section(3, "Compared with no distillation", _ABOUT_GAINS, [*_NAMES, *columns], rows, leading=2)
+
+
+def _draw(lines: Sequence[Line]) -> list[Picture]:
+    """For each line the students of all its KD methods, on one accuracy axis for all pictures."""
+    limits = accuracy_limits(run.models["student"]["average_accuracy"] for line in lines for run in line.runs)
+    pictures = []
+    for line in lines:
+        runs = {column: cell.runs for column, cell in line.cells.items() if cell.runs}
+        curves = {name: [run.models["student"]["average_accuracy"] for run in of] for name, of in runs.items()}
+        tasks = max(run.num_tasks for run in line.runs)
+        alt = f"{line.name}: students' accuracy on the tasks seen, after each task; {', '.join(curves)}"
+        pictures.append(Picture(alt, render(draw_curves, line.name, curves, tasks, limits, endings=["png"])["png"]))
+    return pictures
 
 
 def _names(line: Line) -> list[list[Text]]:
@@ -143,16 +164,22 @@ def spread(measured: Sequence[float | None] | None, sign: str = "") -> str:
 
 
 def markdown(sections: Sequence[Section]) -> str:
-    """The text of report.md, which has no pictures."""
-    lines = []
+    """The text of report.md, beside which the pictures are named as by ``picture_files``."""
+    lines, files = [], iter(picture_files(sections))
     for section in sections:
-        if not section.curves:
-            lines += [f"{'#' * section.level} {_md(section.title)}", ""]
-            lines += [_md(section.about), ""] if section.about else []
-            head = [[_md(title) for title in section.head], ["---"] * len(section.head)] if section.head else []
-            rows = [*head, *([_join(cell, _md, "**{}**", "<br>") for cell in row] for row in section.rows)]
-            lines += [*("| " + " | ".join(row) + " |" for row in rows), ""]
+        lines += [f"{'#' * section.level} {_md(section.title)}", ""]
+        lines += [_md(section.about), ""] if section.about else []
+        head = [[_md(title) for title in section.head], ["---"] * len(section.head)] if section.head else []
+        rows = [*head, *([_join(cell, _md, "**{}**", "<br>") for cell in row] for row in section.rows)]
+        lines += [*("| " + " | ".join(row) + " |" for row in rows)]
+        lines += [*(f"![{_md(picture.alt)}]({next(files)})" for picture in section.pictures), ""]
     return "\n".join(lines)
+
+
+def picture_files(sections: Sequence[Section]) -> dict[str, bytes]:
+    """curves-1.png and so on: the pictures of all sections in their order."""
+    pictures = [picture.png for section in sections for picture in section.pictures]
+    return {f"curves-{number}.png": png for number, png in enumerate(pictures, 1)}
 
 
 def _md(text: str) -> str:

@@ -4,9 +4,7 @@ import base64
 import html
 from collections.abc import Sequence
 
-from utils.plots import accuracy_limits, draw_curves, render
-from utils.report.formats import TITLE, Section, Text
-from utils.report.table import Line
+from utils.report.formats import TITLE, Picture, Section, Text
 
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
@@ -56,8 +54,8 @@ def html_page(sections: Sequence[Section]) -> str:
             lines.append(f"<p>{html.escape(section.about)}</p>")
         if section.head:
             lines += _table(section)
-        if section.curves:
-            lines += _curves(section.curves)
+        if section.pictures:
+            lines += ['<div class="curves">', *map(_figure, section.pictures), "</div>"]
     return "\n".join([*lines, "</body>", "</html>", ""])
 
 
@@ -80,17 +78,6 @@ def _cell(texts: Sequence[Text]) -> str:
     return f"<div>{spans}</div>" if spans else ""
 
 
-def _curves(lines: Sequence[Line]) -> list[str]:
-    """A picture for each line with the students of all its KD methods, on one accuracy axis for all pictures."""
-    limits = accuracy_limits(run.models["student"]["average_accuracy"] for line in lines for run in line.runs)
-    figures = []
-    for line in lines:
-        runs = {column: cell.runs for column, cell in line.cells.items() if cell.runs}
-        curves = {name: [run.models["student"]["average_accuracy"] for run in of] for name, of in runs.items()}
-        tasks = max(run.num_tasks for run in line.runs)
-        picture = base64.b64encode(render(draw_curves, line.name, curves, tasks, limits, endings=["png"])["png"])
-        alt = f"{line.name}: students' accuracy on the tasks seen, after each task; {', '.join(curves)}"
-        figures.append(
-            f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{picture.decode()}"></figure>'
-        )
-    return ['<div class="curves">', *figures, "</div>"]
+def _figure(picture: Picture) -> str:
+    png = base64.b64encode(picture.png).decode()
+    return f'<figure><img alt="{html.escape(picture.alt)}" src="data:image/png;base64,{png}"></figure>'

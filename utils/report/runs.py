@@ -1,5 +1,6 @@
 """Finds runs in folders and reads them."""
 
+import gzip
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ class Run:
     like_the_paper: bool  # all of 10 tasks in the natural order, measured on the test set of the authors' split
 
     @property
+    def identity(self) -> tuple[Row, str, str, int]:
+        """What two runs share that should give the same numbers."""
+        return self.row, self.column, self.settings, self.seed
+
+    @property
     def tasks_done(self) -> int:
         return len(self.models["student"]["average_accuracy"])
 
@@ -67,13 +73,13 @@ class Run:
 def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
     """All runs below ``folders``, and (folder, reason) for those that are not used.
 
-    Of several runs with the same settings and seed the one that got furthest is used. A ValueError names a folder
-    without any run.
+    Besides log_dirs, a metrics.json that is kept as ``*.json.gz`` is a run. Of several runs with the same settings and
+    seed the one that got furthest is used. A ValueError names a folder without any run.
     """
     runs: dict[Path, Run] = {}
     unused: dict[str, str] = {}
     for folder in folders:
-        found = {path.parent.parent for path in folder.rglob("Results/metrics.json")}
+        found = {path.parent.parent for path in folder.rglob("Results/metrics.json")} | {*folder.rglob("*.json.gz")}
         parents = {parent for path in found for parent in path.parents}  # such as the folder of --repeat
         started = {path.parent for path in folder.rglob("args.yaml")} - found - parents
         for path in found:
@@ -86,20 +92,22 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]
             raise ValueError(f"there is no run in {folder}: give the log_dir of a run or a folder of runs")
     kept: dict[Any, Run] = {}
     for run in sorted(runs.values(), key=lambda run: (-run.tasks_done, run.folder)):
-        used = kept.setdefault((run.row, run.column, run.settings, run.seed), run)
+        used = kept.setdefault(run.identity, run)
         if used is not run:
             unused[run.folder] = f"has the settings and the seed of {used.folder}, which is used"
     return sorted(kept.values(), key=lambda run: run.folder), sorted(unused.items())
 
 
 def read_run(folder: Path) -> Run:
-    """Read the run of a log_dir; a ValueError says what is wrong with its metrics.json."""
+    """Read the run of a log_dir, or of a ``.json.gz``; a ValueError says what is wrong with its metrics.json."""
     try:
-        metrics = json.loads((folder / "Results" / "metrics.json").read_text(encoding="utf-8"))
+        is_kept = folder.suffix == ".gz"
+        content = gzip.decompress(folder.read_bytes()) if is_kept else (folder / "Results/metrics.json").read_bytes()
+        metrics = json.loads(content.decode())
         if metrics["format"] != FORMAT:
             raise ValueError(f"format {metrics['format']} instead of {FORMAT}")
         return _run(folder, metrics)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"Results/metrics.json is damaged or foreign ({type(error).__name__}: {error})") from error
 
 

@@ -102,13 +102,14 @@ class Line:
         return max(columns, key=means.get) if len(columns) > 1 else None
 
     def gains(self) -> dict[str, tuple[float, float | None, int]]:
-        """Mean, standard deviation and number of the differences to the runs of the same seeds without distillation."""
+        """Mean, standard error and number of the differences to the runs of the same seeds without distillation."""
         without = {run.seed: run.accuracy for run in self.cells["none"].complete}
         gains = {}
         for column, cell in self.cells.items():
             values = [run.accuracy - without[run.seed] for run in cell.complete if run.seed in without]
             if values and column != "none":
-                gains[column] = (*mean_std(values), len(values))
+                mean, deviation = mean_std(values)
+                gains[column] = (mean, deviation and deviation / len(values) ** 0.5, len(values))
         return gains
 
     def teacher(self) -> Spread | None:
