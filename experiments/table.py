@@ -18,9 +18,11 @@ from learners.distillers import DISTILLERS
 from utils.checkpoint import RunFolderError, check_settings, is_finished
 from utils.config import ConfigError
 from utils.logging import duration, setup_logging
+from utils.report.runs import Run, find_runs
 from utils.report.table import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 3.0  # points of accuracy that rounding on another machine may cost or win: about three seeds' deviations
 LEARNERS = {"CODAPrompt": [], "DualPrompt": [], "L2P": [], "APT": ["--ema_coeff", "0.7"]}  # flags as in the paper
 PAPER = {"kd": [*METHODS, "KD_Token:1,6", "KD_Token:12,6"], "pairs": ["base-small", "large-base"]}
 # A student of width 96 has no more than 96 orthogonal components, and four blocks.
@@ -63,6 +65,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--check", type=Path, nargs="?", const=ROOT / "experiments/results")
     options, more = parser.parse_args(argv[:split]), argv[split + 1 :]
     dataset = DATASETS[options.dataset]
     options.kd, options.pairs = options.kd or dataset["kd"], options.pairs or dataset["pairs"]
@@ -70,6 +73,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for method in options.kd:
         if ":" in method and method.partition(":")[0] in METHODS:
             parser.error(f"--kd {method}: this method takes no parameter, write --kd {method.partition(':')[0]}")
+    try:
+        options.kept = find_runs([options.check])[0] if options.check else []
+    except ValueError as error:
+        parser.error(f"--check: {error}")
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
     for flag, (instead, refused) in itertools.product(more, REFUSED.items()):
@@ -147,6 +154,22 @@ def execute(folder: Path, flags: list[str], quiet: bool) -> bool:
     return code == 0
 
 
+def compare(runs: list[Run], kept: list[Run]) -> bool:
+    """Print how ``runs`` differ from those that are ``kept``; return whether all are kept and within the limit."""
+    others, within = {run.identity: run for run in kept}, True
+    for run in runs:
+        if (other := others.get(run.identity)) is None:
+            says, within = "no run with these settings and this seed is kept", False
+        elif run.models == other.models:
+            says = "every accuracy equals the kept run's"
+        else:
+            difference = run.accuracy - other.accuracy
+            within &= abs(difference) <= LIMIT
+            says = f"accuracy {run.accuracy:.2f} %, kept {other.accuracy:.2f} %: {difference:+.2f}"
+        print(f"{run.folder}: {says}")
+    return within
+
+
 def main(argv: list[str]) -> int:
     """Run the table of a command line; return the exit code."""
     options, more = parse(argv)
@@ -179,7 +202,9 @@ def main(argv: list[str]) -> int:
     # From the folder of the runs, so that the report names them relative to it.
     command = [sys.executable, "-m", "utils.report", ".", "--out", "report"]
     code = subprocess.run(command, cwd=options.out, check=False).returncode
-    return 1 if stopped.is_set() else code
+    if stopped.is_set() or code:
+        return 1
+    return int(not compare(find_runs([options.out])[0], options.kept)) if options.check else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The scripts: their command lines, the set-up of an environment, and the paper's table."""
 
+import gzip
+import json
 import os
 import shutil
 import subprocess
@@ -75,7 +77,7 @@ def test_set_up_is_done_once_and_repeated_after_an_interruption(clone, tmp_path)
 def test_active_environment_is_used(clone, tmp_path):
     for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
         done = clone("tests/run.sh", "-k", "a b", INSTALLED="", **{variable: str(tmp_path)})
-        assert "tests/requirements.txt" in done.stdout and done.stdout.endswith("[-m][pytest][-k][a b]\n"), done
+        assert "tests/requirements.txt" in done.stdout and done.stdout.endswith("[-k][a b]\n"), done
     assert not (tmp_path / "my project/.venv").exists()
 
 
@@ -134,6 +136,7 @@ REFUSED = {
     "icon-r --kd none Mine": "Mine/seed-1: --KD_method",
     "icon-r --kd KD_Token:99,6": "KD_Token-99-6/seed-1: --KD_method KD_Token: --kd_prompt_param",
     "icon-r --kd none --out /dev/null/x": "/dev/null",
+    "icon-r --check /dev/null": "--check: there is no run in /dev/null",
     "icon-r --kd none -- --lr x": "--lr",
     "icon-r --kd none -- --s_weights README.md": "none/seed-1: README.md",
     "icon-r -- --log_d=x": "--log_d=x cannot follow --: use --out",
@@ -170,13 +173,22 @@ def test_table_shares_teachers_and_stops_at_a_failure(monkeypatch, capsys, tmp_p
 
 
 def test_table(tmp_path, monkeypatch, capsys):
-    command = f"icon-r --learners L2P --kd none KD --jobs 2 --out {tmp_path} -- --max_task 1".split()
+    out, kept = tmp_path / "table", tmp_path / "kept"
+    command = f"icon-r --learners L2P --kd none KD --jobs 2 --check {kept} --out {out} -- --max_task 1".split()
     command += "--first_split_size 5 --other_split_size 5 --schedule".split()
+    kept.mkdir()
+    (kept / "none.json.gz").touch()  # damaged, so that no run is kept yet
     done = call(ROOT / "experiments/table.sh", *command, "1", VIRTUAL_ENV=sys.prefix)
-    assert done.returncode == 0 and done.stdout.count(": accuracy ") == 2 and "Task" not in done.stdout, done
-    assert (tmp_path / "report/report.html").exists()
+    assert done.returncode == 1 and done.stdout.count(": accuracy ") == 2 and "Task" not in done.stdout, done
+    assert done.stdout.count("no run with these settings") == 2 and (out / "report/report.html").exists()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert table.main([*command, "1"]) == 0 and capsys.readouterr().out.count("finished before") == 2
+    for name, lower, code, says in (("none", 0, 1, "equals the kept"), ("KD", 2, 0, ": +2.0"), ("KD", 4, 1, ": +4.0")):
+        metrics = json.loads((out / f"mini/L2P/{name}/seed-1/Results/metrics.json").read_text())
+        metrics["student"]["accuracy_matrix"][0][0] -= lower
+        (kept / f"{name}.json.gz").write_bytes(gzip.compress(json.dumps(metrics).encode()))
+        assert table.main([*command, "1"]) == code
+        output = capsys.readouterr().out
+        assert output.count("finished before") == 2 and says in output
     with pytest.raises(SystemExit):
         table.main([*command, "2"])
     assert "other settings" in capsys.readouterr().err
