@@ -17,6 +17,14 @@ def is_local(address: object) -> bool:
     return not isinstance(address, tuple) or address[0] in ("127.0.0.1", "::1", "localhost")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What a test printed reaches pytest-xdist as UTF-8, names of files that are not UTF-8 with question marks."""
+    report = yield
+    report.sections = [(title, text.encode(errors="replace").decode()) for title, text in report.sections]
+    return report
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_network():
     """Connecting to another machine fails at once, as on a machine without network."""

@@ -5,4 +5,4 @@ set -eu
 . "$(dirname -- "$0")/../experiments/_setup.sh"
 set_up --tests
 cd -- "$root"
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@" # each test process has one thread
