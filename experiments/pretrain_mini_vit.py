@@ -2,11 +2,11 @@
 
     python -m experiments.pretrain_mini_vit --icons base.npz --photos tiny-imagenet.zip \
         --model mini_vit_base --out runs/base --device cuda
-    python -m experiments.pretrain_mini_vit --icons base.npz --photos tiny-imagenet.zip --probe
-    python -m experiments.pretrain_mini_vit --photos tiny-imagenet.zip --probe --novel
+    python -m experiments.pretrain_mini_vit --icons base.npz --photos tiny-imagenet.zip
+    python -m experiments.pretrain_mini_vit --photos tiny-imagenet.zip --novel
 
-``base.npz`` is made by ``build_icon_r.py --pretraining``; photographs are 64 x 64 JPEGs named
-``{base,novel}/{train,val}/<class>/*.JPEG`` in zip files. Writes ``OUT/checkpoint.pt``, from which the same
+The last two only probe. ``base.npz`` is made by ``build_icon_r.py --pretraining``; photographs are 64 x 64 JPEGs named
+``{base,novel}/{train,val}/<class>/*.JPEG`` in a zip file. Writes ``OUT/checkpoint.pt``, from which the same
 command resumes, and ``OUT/<model>.safetensors``: fp16, BatchNorm folded, for images in [0, 1]. Recipes are chosen on
 held-out base classes, which are never trained on; ``--novel`` probes the classes of the benchmarks, once, at the end.
 
@@ -21,7 +21,6 @@ import argparse
 import math
 import os
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from io import BytesIO
 from pathlib import Path
@@ -43,7 +42,8 @@ from utils.config import DataConfig
 MODELS = {"mini_vit_base": mini_vit_base, "mini_vit_small": mini_vit_small}
 EPOCHS = {"mini_vit_base": 37, "mini_vit_small": 17}
 DROP_PATH = {"mini_vit_base": 0.05, "mini_vit_small": 0.0}
-BATCH, LR, WEIGHT_DECAY, WARMUP_STEPS, TOKEN_DROP = 512, 2e-3, 0.05, 200, 0.25
+BATCH, PHOTO_SHARE = 512, 0.3  # half as many pairs, three tenths of them photographs if there are any
+LR, WEIGHT_DECAY, WARMUP_STEPS, TOKEN_DROP = 2e-3, 0.05, 200, 0.25
 LOGIT_SCALE, TEMPERATURE, LABEL_SMOOTHING = 20.0, 0.1, 0.05
 
 
@@ -75,14 +75,12 @@ def load_icons(path: Path) -> list[Images]:
     return data.split(torch.from_numpy(file["held"])[data.labels])
 
 
-def load_photos(paths: list[Path], folder: str) -> Images:
-    """All JPEGs ``folder/*/<class>/*.JPEG``, e.g. of ``"base"`` or ``"novel/train"``, in zip files."""
-    files = {}
-    for archive in map(ZipFile, paths):
-        files |= {name: archive.read(name) for name in archive.namelist() if fnmatch(name, f"{folder}/*.JPEG")}
-    names = sorted(files, key=lambda name: (name.split("/")[-2], name))
-    with ThreadPoolExecutor(8) as pool:  # Pillow decodes outside Python's lock
-        images = list(pool.map(lambda name: np.asarray(Image.open(BytesIO(files[name])).convert("RGB")), names))
+def load_photos(path: Path, folder: str) -> Images:
+    """All JPEGs ``folder/*/<class>/*.JPEG``, e.g. of ``"base"`` or ``"novel/train"``, in a zip file."""
+    with ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if fnmatch(name, f"{folder}/*.JPEG")]
+        names.sort(key=lambda name: (name.split("/")[-2], name))
+        images = [np.asarray(Image.open(BytesIO(archive.read(name))).convert("RGB")) for name in names]
     labels = np.unique([name.split("/")[-2] for name in names], return_inverse=True)[1]
     return Images(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels))
 
@@ -227,10 +225,6 @@ def extract(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model(part.float() / 255) for part in images.split(512)])
 
 
-def features_of(model: nn.Module, parts: list[Images]) -> list[Images]:
-    return [Images(extract(model, part.images), part.labels) for part in parts]
-
-
 def nearest_mean(train: Images, test: Images) -> float:
     """Accuracy (%) of the nearest class mean by cosine, features [n, D] centred on the training mean."""
     centre = train.images.mean(0)
@@ -272,26 +266,18 @@ def export(model: Pretrainer, images: Tensor, path: Path) -> None:
     save_file(state, path)
 
 
-def report(name: str, model: nn.Module, sets: dict[str, list[Images]]) -> None:
-    """Print accuracies (%) on each set's two parts, and the mean cosine of two of its images."""
-    for title, parts in sets.items():
-        train, test = features_of(model, parts)
-        cosine = F.normalize(train.images, dim=1).mean(0).square().sum()
-        mean, linear = nearest_mean(train, test), linear_probe(train, test)
-        print(f"{name:23} {title:15} nearest mean {mean:.1f}, linear {linear:.1f}, cosine {cosine:.2f}")
-
-
-def train(args, icons: Images, photos: Images, held: dict[str, list[Images]]) -> None:
+def train(args: argparse.Namespace, icons: Images, photos: Images) -> None:
     """Pre-train one model, resuming from its checkpoint if there is one, and export it."""
     args.out.mkdir(parents=True, exist_ok=True)
     path, weights = args.out / "checkpoint.pt", args.out / f"{args.model}.safetensors"
     icon_sampler, photo_sampler = PairSampler(icons), PairSampler(photos)
-    num_icons, photo_pairs = len(icon_sampler.counts), round(args.photo_share * args.batch / 2)
+    num_icons, num_photos = len(icon_sampler.counts), len(photo_sampler.counts)
+    photo_share = PHOTO_SHARE if num_photos else 0.0
+    photo_pairs = round(photo_share * BATCH / 2)
     total = args.epochs or EPOCHS[args.model]
-    num_classes = num_icons + len(photo_sampler.counts)
-    steps = (len(icons.labels) + len(photos.labels)) // args.batch
+    steps = (len(icons.labels) + len(photos.labels)) // BATCH
     torch.manual_seed(args.seed)
-    model = Pretrainer(args.model, num_classes).to(args.device)
+    model = Pretrainer(args.model, num_icons + num_photos).to(args.device)
     optimizers, first = make_optimizers(model), 0
     if path.exists():
         saved = torch.load(path, weights_only=True, map_location=args.device)
@@ -299,9 +285,7 @@ def train(args, icons: Images, photos: Images, held: dict[str, list[Images]]) ->
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         first = saved["epoch"]
-
-    def train_epoch(epoch: int) -> Tensor:
-        """Mean loss and accuracy, [2]."""
+    for epoch in range(first, total):
         torch.manual_seed(args.seed * 100_003 + epoch)  # a resumed run draws the same numbers as an uninterrupted one
         model.train()
         results = torch.zeros(2, device=args.device)
@@ -309,7 +293,7 @@ def train(args, icons: Images, photos: Images, held: dict[str, list[Images]]) ->
             factor = min(1, (step + 1) / WARMUP_STEPS) * max(0.5 * (1 + math.cos(math.pi * step / total / steps)), 1e-3)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = LR * factor
-            images, labels = icon_sampler.draw(args.batch // 2 - photo_pairs)
+            images, labels = icon_sampler.draw(BATCH // 2 - photo_pairs)
             images = augment_icons(images)
             if photo_pairs:
                 pictures = photo_sampler.draw(photo_pairs)
@@ -322,72 +306,59 @@ def train(args, icons: Images, photos: Images, held: dict[str, list[Images]]) ->
             for optimizer in optimizers:
                 optimizer.step()
             results += torch.stack([loss.detach(), accuracy])
-        return results / steps
-
-    for epoch in range(first, total):
-        loss, accuracy = train_epoch(epoch).tolist()
-        line = f"epoch {epoch + 1} of {total}: loss {loss:.3f}, accuracy {100 * accuracy:.1f}"
-        if (epoch + 1) % args.save_every == 0 or epoch + 1 == total:
-            state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            torch.save({"epoch": epoch + 1, **state}, path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)  # a kill leaves no half file
-            for title, parts in held.items():
-                accuracy = nearest_mean(*features_of(model.backbone, parts))
-                line += f", {title} {accuracy:.1f}"
-        print(line, flush=True)
+        loss, accuracy = (results / steps).tolist()
+        print(f"epoch {epoch + 1} of {total}: loss {loss:.3f}, accuracy {100 * accuracy:.1f}", flush=True)
+        state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        torch.save({"epoch": epoch + 1, **state}, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)  # a kill leaves no half file
     torch.manual_seed(args.seed)
-    sizes = round(8192 * (1 - args.photo_share)), round(8192 * args.photo_share)
-    sample = [
-        data.images[torch.randperm(len(data.images))[:size]] for data, size in zip((icons, photos), sizes, strict=True)
-    ]
-    export(model, torch.cat(sample), weights)
+    sizes = (round(8192 * (1 - photo_share)), round(8192 * photo_share))
+    parts = zip((icons.images, photos.images), sizes, strict=True)
+    export(model, torch.cat([images[torch.randperm(len(images))[:size]] for images, size in parts]), weights)
 
 
 def probe(folder: Path, sets: dict[str, list[Images]], device: str) -> None:
-    """Report the models of a folder, random ones and raw pixels."""
+    """Print accuracies (%) on each set's two parts: of the models of a folder, random ones and raw pixels."""
+    models = {"raw 16 x 16 pixels": nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten())}
     for name, build in MODELS.items():
         if (path := folder / f"{name}.safetensors").exists():
             torch.manual_seed(0)
-            model = build().to(device)
-            report(f"{name}, random", model, sets)
-            model.load_state_dict(load_file(path, device=device))
-            report(name, model, sets)
-    report("raw 16 x 16 pixels", nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten()), sets)
+            models[f"{name}, random"], models[name] = build(), build()
+            models[name].load_state_dict(load_file(path))
+    for name, model in models.items():
+        for title, parts in sets.items():
+            train, test = (Images(extract(model.to(device), part.images), part.labels) for part in parts)
+            cosine = F.normalize(train.images, dim=1).mean(0).square().sum()  # of two images, on average
+            mean, linear = nearest_mean(train, test), linear_probe(train, test)
+            print(f"{name:23} {title:15} nearest mean {mean:.1f}, linear {linear:.1f}, cosine {cosine:.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--icons", type=Path, help="base.npz")
-    parser.add_argument("--photos", type=Path, nargs="+", default=[], help="zip files")
-    parser.add_argument("--model", choices=MODELS)
+    parser.add_argument("--photos", type=Path, help="zip file")
+    parser.add_argument("--model", choices=MODELS, help="what to train; without it, the weights in OUT are evaluated")
     parser.add_argument("--out", type=Path, default=WEIGHTS_DIR, help="folder of checkpoint.pt and the weights")
-    parser.add_argument("--photo_share", type=float, default=0.3, help="of a batch")
-    parser.add_argument("--batch", type=int, default=BATCH, help="pictures, half as many pairs")
     parser.add_argument("--epochs", type=int, help=f"default: {EPOCHS}")
-    parser.add_argument("--save_every", type=int, default=10, help="epochs between two checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--probe", action="store_true", help="evaluate the weights in OUT, train nothing")
     parser.add_argument("--novel", action="store_true", help="evaluate on Icon-R and the novel photographs")
     args = parser.parse_args()
     if args.novel:
         sets = {"Icon-R": [load_icon_r(True), load_icon_r(False)]}
         if args.photos:
             sets["novel photos"] = [load_photos(args.photos, f"novel/{part}") for part in ("train", "val")]
-    elif args.icons and (args.probe or args.model):
+    elif args.icons:
         icons, *held_icons = load_icons(args.icons)
         sets, photos = {"held-out icons": held_icons}, icons.select(torch.zeros_like(icons.labels, dtype=torch.bool))
         if args.photos:
             data = load_photos(args.photos, "base")
             photos, *sets["held-out photos"] = data.split(data.labels % 9 == 0)
+        if args.model:
+            train(args, icons.to(args.device), photos.to(args.device))
     else:
-        parser.error("give --icons and --model to train, --icons and --probe or --novel to evaluate")
-    sets = {title: [part.to(args.device) for part in parts] for title, parts in sets.items()}
-    if args.probe or args.novel:
-        return probe(args.out, sets, args.device)
-    args.photo_share *= bool(args.photos)
-    train(args, icons.to(args.device), photos.to(args.device), sets)
-    probe(args.out, sets, args.device)
+        parser.error("give --icons (and --model to train), or --novel to evaluate on the benchmarks")
+    probe(args.out, {title: [part.to(args.device) for part in parts] for title, parts in sets.items()}, args.device)
 
 
 if __name__ == "__main__":
