@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from dataloaders.base import ArrayStore, DataSource, read_image
-from utils.config import DataConfig
 
 DATA_DIR = Path(__file__).parent / "data" / "icon_r"
 INDEX, ARCHIVE = DATA_DIR / "index.tsv", DATA_DIR / "images.zip"
@@ -42,10 +41,3 @@ class IconR(DataSource):
                 images.append(sheet.reshape(-1, SIZE, SIZE, 3)[[i for i, _ in kept]])
                 labels += [label for _, label in kept]
         return ArrayStore(np.concatenate(images), f"icon_r/{part}"), np.asarray(labels, dtype=np.int64)
-
-    @classmethod
-    def missing(cls, config: DataConfig) -> list[str]:
-        missing = [path.name for path in (INDEX, ARCHIVE) if not path.is_file()]
-        if not missing:
-            return []
-        return [f"dataset Icon_R: {' and '.join(missing)} missing in {DATA_DIR}; restore it from the repository"]

@@ -94,13 +94,8 @@ def list_runs(options: argparse.Namespace, more: list[str]) -> dict[Path, list[s
         folder = options.out / pair / learner / "-".join([method, *param]) / f"seed-{seed}"
         flags = ["--config", str(ROOT / dataset["config"]), "--dataroot", str(ROOT / "data")]
         flags += ["--learner_type", "prompt", "--learner_name", learner, *PAIRS[pair].split(), "--random_s", str(seed)]
-        flags += [
-            *LEARNERS.get(learner, []),
-            *dataset.get("flags", {}).get(learner, []),
-            "--KD_method",
-            method,
-            *(["--kd_prompt_param", *param] if param else []),
-        ]
+        flags += [*LEARNERS.get(learner, []), *dataset.get("flags", {}).get(learner, []), "--KD_method", method]
+        flags += ["--kd_prompt_param", *param] if param else []
         runs[folder] = [*flags, "--log_dir", str(folder), *more]
     return runs
 
