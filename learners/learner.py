@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +167,10 @@ class TaskTraining:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return _over_batch(results)._replace(gradient=norm)
+        # Losses are averaged and counts summed over the parts of the batch and the replicas of the step.
+        loss, correct = (torch.cat([getattr(result, name) for result in results]) for name in ("loss", "correct"))
+        terms = {name: torch.cat([result.terms[name] for result in results]).mean() for name in results[0].terms}
+        return StepResult(loss.mean(), terms, correct.sum(), norm)
 
     def state(self) -> dict:
         """Optimizer (and loss scale) for a resume."""
@@ -178,10 +181,3 @@ class TaskTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-
-
-def _over_batch(results: Sequence[StepResult]) -> StepResult:
-    """Losses averaged and counts summed over the parts of a batch and the replicas of the step."""
-    loss, correct = (torch.cat([getattr(result, name) for result in results]) for name in ("loss", "correct"))
-    terms = {name: torch.cat([result.terms[name] for result in results]).mean() for name in results[0].terms}
-    return StepResult(loss.mean(), terms, correct.sum())

@@ -21,11 +21,6 @@ PATCH_SIZE = 16
 WEIGHTS_DIR = Path(__file__).resolve().parent / "weights"
 
 
-def weights_path(name: str) -> Path:
-    """The file with the shipped weights of ``mini_vit_base`` or ``mini_vit_small``."""
-    return WEIGHTS_DIR / f"{name}.safetensors"
-
-
 class ConvStem(nn.Module):
     """Stride-2 3x3 convolutions and a 1x1 projection instead of timm's ``PatchEmbed``, whose arguments it takes.
 

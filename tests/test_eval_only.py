@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 import run
@@ -164,7 +165,7 @@ class TestExport:
             torch.testing.assert_close(program(pixels[part]), expected[part], atol=1e-5, rtol=0)
 
     def test_no_export(self, tmp_path):
-        (tmp_path / "x.safetensors").write_bytes(b"nonsense")
+        save_file({}, tmp_path / "x.safetensors")
         with pytest.raises(ValueError, match="is not an exported student"):
             load_exported(tmp_path / "x.safetensors")
 

@@ -110,11 +110,6 @@ def path(allowed: str, *, many: bool = False) -> Type:
     return text(allowed, "PATH", lambda word: Path(os.path.expanduser(word)), many)
 
 
-def _url(word: str) -> str | None:
-    """An address that urllib opens."""
-    return word if word.startswith(("http://", "https://", "file://")) else None
-
-
 def choice(*names: str) -> Type:
     """One of a few names."""
     return Type(" | ".join(names), "NAME", lambda item: item if item in names else None)
@@ -134,6 +129,11 @@ TEMPERATURE = real("a number above 0, from 1e-6 to 1e6", lambda number: 1e-6 <= 
 NOT_NEGATIVE = real("a number of at least 0", lambda number: number >= 0)
 BELOW_ONE = real("a number of at least 0 and below 1", lambda number: 0 <= number < 1)
 SHARE = real("a number above 0 and of at most 1", lambda number: 0 < number <= 1)
+ADDRESS = text(
+    "an http(s):// or file:// address",
+    "URL",
+    lambda word: word if word.startswith(("http://", "https://", "file://")) else None,
+)
 SEVERAL, TWO = "one number or more, each {}", "2 numbers, each {}"
 NUMBERS = many(real(), SEVERAL, bool)._replace(alone=())
 EPOCHS = many(whole(1), SEVERAL + ", increasing", lambda values: [*values] == sorted(set(values)))
@@ -244,9 +244,7 @@ class DataConfig:
 
     dataset: str | None = option(None, text("a data set"), DATA, "data set", paper="CIFAR100 and ImageNet_R")
     dataroot: Path = neutral(Path("data"), path("a folder"), DATA, "folder of the data sets (not used by Icon_R)")
-    data_url: str | None = neutral(
-        None, text("an http(s):// or file:// address", "URL", _url), DATA, "where to download from; default: its own"
-    )
+    data_url: str | None = neutral(None, ADDRESS, DATA, "where to download from; default: its own")
     first_split_size: int | None = option(
         None, whole(1), DATA, "classes of the first task; default: as the others", paper=_PAPER_SPLIT
     )

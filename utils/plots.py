@@ -236,7 +236,9 @@ def _prompt_usage(metrics: Mapping[str, Any]) -> Figure:
     usage = {role: metrics["prompt_usage"][role] for role in roles}
     layer = next(layer for role in roles for task in usage[role] for layer in task)  # the first, which all models have
     rows = {role: [task[layer] for task in usage[role] if layer in task] for role in roles}
-    choices = _are_shares(itertools.chain(*rows.values()))
+    # If entries are chosen, all images choose equally many, so that the shares of a task sum to a whole number.
+    sums = [sum(row) if 0 <= min(row) and max(row) <= 1 else 0.0 for row in itertools.chain(*rows.values())]
+    choices = all(total > 0.5 and math.isclose(total, round(total), abs_tol=1e-6) for total in sums)
     label, of = ("Share of images", "choices") if choices else ("Weight", "weights")
     which = "prompts of earlier tasks" if own else "prompts that earlier tasks used"
     figure = _figure(2.2 + 1.3 * len(roles), f"{_title(metrics)}: share of a task's {of} that goes to {which}")
@@ -273,9 +275,3 @@ def _earlier(rows: Sequence[Sequence[float]], per_task: int) -> list[float]:
         shares.append(100 * sum(map(abs, earlier)) / (sum(map(abs, row)) or 1.0))
         used |= {j for j, value in enumerate(row) if value}
     return shares
-
-
-def _are_shares(rows: Iterable[Sequence[float]]) -> bool:
-    """Whether usage counts choices: all images choose equally many prompts, so shares sum to a whole number."""
-    sums = [sum(row) if 0 <= min(row) and max(row) <= 1 else 0.0 for row in rows]
-    return all(total > 0.5 and math.isclose(total, round(total), abs_tol=1e-6) for total in sums)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from utils.metrics import MEASURES
+from utils.metrics import MEASURES, fixed
 from utils.plots import accuracy_limits, draw_curves, render
 from utils.report.runs import Run
 from utils.report.table import Cell, Line, shared_settings
@@ -149,7 +149,7 @@ def _run(run: Run) -> list[list[Text]]:
 
 
 def _number(value: float | None, sign: str = "") -> str:
-    return "" if value is None else f"{round(value, 2) + 0.0:{sign}.2f}".replace("-", "−")  # + 0.0: no −0.00
+    return "" if value is None else fixed(value, sign).replace("-", "−")
 
 
 def pair(values: tuple[float, float] | None, sign: str = "") -> str:
@@ -217,11 +217,6 @@ def _tex(text: str) -> str:
     return re.sub(r" \$\\pm\$ ([0-9.]+)", r"$_{\\pm \1}$", text.translate(_TEX))
 
 
-def _csv(text: str) -> str:
-    """Keep a spreadsheet from reading text as a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
-
-
 def csv_text(tables: Mapping[str, Sequence[Line]]) -> str:
     """The text of report.csv: one line per cell, empty where there is no number."""
     out = io.StringIO()
@@ -235,7 +230,9 @@ def csv_text(tables: Mapping[str, Sequence[Line]]) -> str:
                 continue
             method, _, param = column.partition(" ")
             seeds = " ".join(str(run.seed) for run in cell.complete)
-            texts = [_csv(text) for text in (*line.row, method, param, line.label, seeds)]
+            texts = (*line.row, method, param, line.label, seeds)
+            # A spreadsheet must not read text as a formula.
+            texts = [f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text for text in texts]
             texts += [len(cell.complete), len(cell.unfinished)]
             pairs = [*(cell.measure(*of) for of in _CSV_MEASURES), cell.paper, cell.difference()]
             numbers = [number for values in pairs for number in values or (None, None)]
