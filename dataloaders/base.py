@@ -203,19 +203,14 @@ def read_image(file: str | Path | Any, name: str | Path | None = None, *, uprigh
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """A loaded image of any mode as RGB; one that already is comes back itself."""
-    if image.mode.startswith("I"):
-        image = _from_integers(image)
+    if image.mode.startswith("I"):  # 16-bit or 32-bit grey, which Pillow's own conversion clips at 255
+        values = np.asarray(image).astype(np.int64)
+        if image.mode != "I" or values.max(initial=0) > 255:
+            values = (values.clip(0, 65535) * 255 + 32767) // 65535
+        image = Image.fromarray(values.clip(0).astype(np.uint8))
     elif image.mode == "La" or image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("LA" if image.mode == "La" else "RGBA")  # there is no (silent) way to RGB from these
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _from_integers(image: Image.Image) -> Image.Image:
-    """A 16-bit (or 32-bit integer) grey image scaled to 8 bits; Pillow's own conversion clips at 255."""
-    values = np.asarray(image).astype(np.int64)
-    if image.mode == "I" and values.max(initial=0) <= 255:
-        return Image.fromarray(values.clip(0).astype(np.uint8))
-    return Image.fromarray(((values.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def seeded_split(labels: np.ndarray, fraction: float, rng: np.random.RandomState) -> np.ndarray:

@@ -210,6 +210,7 @@ SYNONYMS |= {"student": "s_model"}
 _ONLY_FOR_TRAINING = ("gpuid", "device", "init_from")
 _LARGEST_FILE = 1 << 15  # a configuration has 2 KiB; PyYAML takes seconds for megabytes
 _PAPER_SPLIT = "10 for CIFAR-100, 20 for ImageNet-R"
+_MODEL = text("a model")
 _ON_A_RUN = ("eval_only", "export", "predict")
 
 
@@ -249,11 +250,7 @@ class DataConfig:
         None, whole(1), DATA, "classes of the first task; default: as the others", paper=_PAPER_SPLIT
     )
     other_split_size: int | None = option(
-        None,
-        whole(1),
-        DATA,
-        "classes of every other task; default: as the first; without either, 10 equal tasks or fewer",
-        paper=_PAPER_SPLIT,
+        None, whole(1), DATA, "classes of each other task; without either, 10 equal tasks or fewer", paper=_PAPER_SPLIT
     )
     class_order: str = option("natural", choice("natural", "shuffled"), DATA, "order of the classes", paper="natural")
     validation: bool = option(False, SWITCH, DATA, "test on a seeded fifth of the training set", paper="0")
@@ -321,20 +318,10 @@ class Config:
     )
 
     teacher_model: str = option(
-        "vit_base_patch16_224",
-        text("a model"),
-        MODELS,
-        "teacher: a ViT of timm, or mini_vit_base",
-        key="t_model",
-        paper="vit_base_patch16_224 or vit_large_patch16_224",
+        "vit_base_patch16_224", _MODEL, MODELS, "teacher: timm or mini_vit_base", key="t_model", paper="Base, Large"
     )
     student_model: str = option(
-        "vit_tiny_patch16_224",
-        text("a model"),
-        MODELS,
-        "student: a ViT of timm, or mini_vit_small",
-        key="s_model",
-        paper="vit_small_patch16_224 or vit_base_patch16_224",
+        "vit_tiny_patch16_224", _MODEL, MODELS, "student: timm or mini_vit_small", key="s_model", paper="Small, Base"
     )
     teacher_weights: Path | None = option(
         None, path("a file"), MODELS, "teacher's weights (.pth, .safetensors, .npz); default: its own", key="t_weights"
