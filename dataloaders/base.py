@@ -3,8 +3,6 @@
 Importing this module imports no torch, so that a configuration is checked quickly.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -37,7 +35,7 @@ class BadImageError(DataError):
         super().__init__(f"cannot read the image {path}: {reason}".encode(errors="replace").decode())
         self._origin = str(path), reason
 
-    def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str]]:
+    def __reduce__(self) -> "tuple[type[BadImageError], tuple[str, str]]":
         return type(self), self._origin  # a worker sends it
 
 

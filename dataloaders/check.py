@@ -19,7 +19,15 @@ def check_stream(stream: TaskStream, dataset: str) -> dict[str, Any]:
     """
     images = [(part, index) for part in (stream.train_images, stream.test_images) for index in part.used.tolist()]
     bar = {"desc": "reading images", "unit": "image", "disable": None, "leave": False}
-    names = set(thread_map(_bad_name, images, max_workers=os.cpu_count(), **bar))  # Pillow decodes without the GIL
+
+    def bad_name(image: tuple[ImageSubset, int]) -> str | None:
+        part, index = image
+        try:
+            part.store.open(index)
+        except BadImageError:
+            return part.store.name(index)
+
+    names = set(thread_map(bad_name, images, max_workers=os.cpu_count(), **bar))  # Pillow decodes without the GIL
     return {
         "dataset": dataset,
         "num_classes": stream.num_classes,
@@ -32,13 +40,3 @@ def check_stream(stream: TaskStream, dataset: str) -> dict[str, Any]:
         ],
         "bad": sorted(names - {None}),
     }
-
-
-def _bad_name(image: tuple[ImageSubset, int]) -> str | None:
-    """Name of an image that cannot be read, or None if it can."""
-    part, index = image
-    try:
-        part.store.open(index)
-    except BadImageError:
-        return part.store.name(index)
-    return None

@@ -1,7 +1,5 @@
 """Icon-R: the data set that the project ships; see ``dataloaders/data/icon_r``."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools

@@ -8,8 +8,6 @@ pixels, rid of near-duplicates, and split into training and test pictures by fam
 forks of one design). Sums over pixels are integers, exact in float64, so that every machine decides alike.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import hashlib

@@ -20,16 +20,11 @@ EPOCHS = {
     ("ImageNet_R", 32): "1.291/66.2 0.478/86.6 0.372/89.1 0.321/89.7 0.267/92.1",
     ("CIFAR100", 32): "0.588/82.1 0.222/92.7 0.194/93.7",
 }
-# Data set and batch size -> the teacher's average accuracy (%) after each task.
-TASKS = {
-    ("ImageNet_R", 32): "94.29 87.06 85.56 82.58 81.65 80.01 78.83 77.53 77.16 75.79",
-    ("CIFAR100", 32): "99.10 95.60 94.30 92.10 91.34 88.15 87.34 87.00 87.08 85.60",
-}
 _LINE = re.compile(r"  Task 1/\d+ teacher epoch (\d+)/\d+, .*?: loss (\S+), train accuracy (\S+) %")
 
 
 def compare(log_dir: Path) -> list[str]:
-    """One line per epoch and task; raises RunFolderError if there is nothing to compare."""
+    """One line per epoch; raises RunFolderError if there is nothing to compare."""
     settings = RunFolder(log_dir).settings()
     run = (settings["dataset"], settings["batch_size"])
     like_theirs = (settings["learner_name"], settings["prompt_param"]) == ("CODAPrompt", [100, 8, 0])
@@ -45,10 +40,7 @@ def compare(log_dir: Path) -> list[str]:
     for (epoch, (loss, accuracy)), theirs in zip(sorted(epochs.items()), EPOCHS[run].split(), strict=False):
         their_loss, their_accuracy = theirs.split("/")
         lines.append(f"epoch {epoch}: loss {loss} ({their_loss}), train accuracy {accuracy} % ({their_accuracy})")
-    results = log_dir / "Results/acc.csv"
-    ours = results.read_text().split() if results.exists() else []
-    pairs = zip(ours, TASKS.get(run, "").split(), strict=False)
-    return lines + [f"task {task}: average accuracy {own} % ({their})" for task, (own, their) in enumerate(pairs, 1)]
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:

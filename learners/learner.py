@@ -1,7 +1,5 @@
 """Teacher, student and KD method of a run, and the training of one of the two models on one task."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
@@ -65,7 +63,7 @@ class TeacherStudentLearner:
         for model in self.models.values():
             model.prompt.task = task
 
-    def begin_training(self, role: str, classes: ClassRange, class_weights: Tensor | None = None) -> TaskTraining:
+    def begin_training(self, role: str, classes: ClassRange, class_weights: Tensor | None = None) -> "TaskTraining":
         """Step and optimizer that train one model on the current task; the arguments are those of the steps."""
         if self.teacher is not None:
             for part in (self.teacher.prompt, self.teacher.last):

@@ -1,7 +1,5 @@
 """Signals that stop a run or make it save."""
 
-from __future__ import annotations
-
 import os
 import signal
 
@@ -29,7 +27,7 @@ class Signals:
         self.save = False
         self._at_once = True
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> "Signals":
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         self._previous = {signum: signal.signal(signum, self._handle) for signum in numbers}
         return self

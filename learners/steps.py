@@ -5,8 +5,6 @@ gradients only. Everything it returns is a vector of one element per replica: lo
 are summed.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -101,7 +99,7 @@ class StudentStep(Step):
         self.distiller = distiller
         self.teacher = teacher
 
-    def train(self, mode: bool = True) -> StudentStep:
+    def train(self, mode: bool = True) -> "StudentStep":
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()

@@ -4,8 +4,6 @@ Modules log through ``logging.getLogger(__name__)``. INFO goes to the console an
 only (one line per epoch), so that the file is complete and the console short.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import logging
@@ -257,7 +255,7 @@ class Progress:
             bar.update(n - bar.n)
             bar.refresh()
 
-    def _line(self, level: int, where: str, speed: str | _Speed) -> None:
+    def _line(self, level: int, where: str, speed: "str | _Speed") -> None:
         """Log where the run is: with ``level`` (NOTSET: not at all), but without bars once a minute with INFO."""
         if not self._bars and time.monotonic() - self._last_line >= QUIET_SECONDS:
             level = logging.INFO

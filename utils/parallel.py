@@ -229,14 +229,10 @@ def lost_process(error: RuntimeError) -> bool:
 
 
 def choose_device(device: str | None, gpuids: Sequence[int] | None, local_rank: int | None = None) -> torch.device:
-    """The (first) device of this process; with neither ``--device`` nor ``--gpuid``, a GPU if torch can use it.
+    """The (first) device of this process: with neither ``--device`` nor ``--gpuid``, a GPU if torch can use it.
 
-    Raises ConfigError if torch cannot use a GPU that was asked for.
-
-    Args:
-        device: "cpu", "cuda" or "mps", or a device's name in torch ("cuda:1").
-        gpuids: (-1,) is the CPU.
-        local_rank: index of this process on its machine under torchrun, where each process uses one GPU.
+    ``local_rank`` is its index on its machine under torchrun, where each process uses one GPU. Raises ConfigError if
+    torch cannot use a GPU that was asked for.
     """
     if device not in (None, "cuda"):
         return torch.device(device)
