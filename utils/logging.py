@@ -67,7 +67,11 @@ def setup_logging(log_file: Path | None, *, main: bool = True) -> None:
     ``main`` is False on the other processes of a distributed run, which write no file and only warnings. Raises
     OSError where the file cannot be written.
     """
-    _prepare_streams()
+    for name in ("stdout", "stderr"):  # are to take any character, whatever their encoding, even where they are closed
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
         root.removeHandler(handler)
@@ -81,15 +85,6 @@ def setup_logging(log_file: Path | None, *, main: bool = True) -> None:
         root.addHandler(file)
     for name in _PACKAGES:  # other packages keep the root's level, WARNING
         logging.getLogger(name).setLevel(logging.DEBUG)
-
-
-def _prepare_streams() -> None:
-    """Let standard output and error take any character, whatever their encoding, even where they are closed."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        elif hasattr(stream := getattr(sys, name), "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def environment() -> dict[str, Any]:

@@ -24,23 +24,18 @@ class ModelPair(NamedTuple):
 def equal_token_counts(pair: ModelPair) -> str | None:
     """The features of teacher and student are compared token by token."""
     teacher, student = pair.teacher.num_tokens, pair.student.num_tokens
-    if teacher == student:
-        return None
-    return (
-        f"teacher and student must have equally many tokens, but have {teacher} (--t_model) and {student} (--s_model):"
-        " choose models of the same image and patch size, or another KD method"
-    )
+    if teacher != student:
+        have = f"have {teacher} (--t_model) and {student} (--s_model)"
+        way_out = "choose models of the same image and patch size, or another KD method"
+        return f"teacher and student must have equally many tokens, but {have}: {way_out}"
 
 
 def teacher_at_least_as_deep(pair: ModelPair) -> str | None:
     """Every block of the student is paired with one of the teacher's last blocks."""
     teacher, student = pair.teacher.depth, pair.student.depth
-    if teacher >= student:
-        return None
-    return (
-        f"the teacher must have at least as many blocks as the student, but has {teacher} (--t_model) against"
-        f" {student} (--s_model): choose a deeper teacher or another KD method"
-    )
+    if teacher < student:
+        has = f"has {teacher} (--t_model) against {student} (--s_model): choose a deeper teacher or another KD method"
+        return f"the teacher must have at least as many blocks as the student, but {has}"
 
 
 def kd_prompt_fits(pair: ModelPair) -> str | None:
@@ -50,7 +45,6 @@ def kd_prompt_fits(pair: ModelPair) -> str | None:
         return f"--kd_prompt_param: the first value (layers) must be 1 to {depth}, the depth of --s_model, not {layers}"
     if length % 2:
         return f"--kd_prompt_param: the second value (length) must be even, such as the paper's 6, not {length}"
-    return None
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,9 @@ DISTILLERS: Registry[DistillerEntry] = Registry(
             "D-CDL: KD token and KD prompts in the student, own head",
             requires=(kd_prompt_fits,),
         ),
-        "KD": DistillerEntry("learners.distillers.kd:KD", "softened logits of the teacher (Hinton et al. 2015)"),
+        "KD": DistillerEntry(
+            "learners.distillers.base:Distiller", "softened logits of the teacher (Hinton et al. 2015)"
+        ),
         "DKD": DistillerEntry(
             "learners.distillers.dkd:DKD",
             "decoupled target and non-target logits (Zhao et al. 2022)",
@@ -149,7 +145,7 @@ DISTILLERS: Registry[DistillerEntry] = Registry(
             ),
         ),
         "none": DistillerEntry(
-            "learners.distillers.none:NoDistillation", "the student alone, without a teacher", needs_teacher=False
+            "learners.distillers.base:Distiller", "the student alone, without a teacher", needs_teacher=False
         ),
     },
 )

@@ -27,10 +27,11 @@ class DistillDims(NamedTuple):
 
 
 class Distiller(nn.Module):
-    """The student's objective: ``(1 - alpha) * CE + distill + feature``.
+    """The student's objective: ``(1 - alpha) * CE + distill + feature``; without a teacher the cross entropy alone.
 
-    A method overrides :meth:`distill`, and where it needs them :meth:`feature`, :meth:`student_inputs` and
-    :meth:`predict`. Parameters that it registers are trained with the student and saved with it.
+    As it is, it is KD: soft targets on the class head (Hinton et al. 2015, arXiv 1503.02531). Another method overrides
+    :meth:`distill`, and where it needs them :meth:`feature`, :meth:`student_inputs` and :meth:`predict`. Parameters
+    that it registers are trained with the student and saved with it.
 
     Attributes:
         param: the method's own parameters, by the names in the table.

@@ -105,6 +105,6 @@ PROMPTS: Registry[PromptEntry] = Registry(
             "the same prompts for all images and tasks",
             (Param("length", 8, _EVEN, "prompt length"),),
         ),
-        "NoPrompt": PromptEntry("models.prompts.no_prompt:NoPrompt", "no prompts, the head alone"),
+        "NoPrompt": PromptEntry("models.prompts.one_prompt:NoPrompt", "no prompts, the head alone"),
     },
 )

@@ -1,4 +1,4 @@
-"""OnePrompt: one general prompt per block, the same for all images and tasks; what a pool has to beat."""
+"""Baselines without a pool: one general prompt per block, the same for all images and tasks; and no prompt."""
 
 from models.prompts.base import PromptDims, PromptOutput, PromptPool, uniform_parameter
 from models.vit import LayerPrompt, split_prompt
@@ -20,3 +20,12 @@ class OnePrompt(PromptPool):
         for layer in self.layers:
             prompts[layer] = LayerPrompt(prefix=split_prompt(getattr(self, f"g_p_{layer}")[None]))
         return PromptOutput(prompts)
+
+
+class NoPrompt(PromptPool):
+    """No prompts and no parameters: the head alone is trained, on the frozen backbone's features."""
+
+    needs_query = False
+
+    def forward(self, query: None) -> PromptOutput:
+        return PromptOutput(self.no_prompts())

@@ -13,7 +13,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from learners.build import BlockCompiler
-from learners.distillers.kd import KD
 from learners.steps import StepResult
 from tests.learners import small
 from tests.processes import Group
@@ -206,8 +205,8 @@ def test_replicas_compute_the_gradient_of_one_device(case, several_cpus):
 def test_replicas_know_the_progress(several_cpus, monkeypatch):
     """The second of two epochs begins when half of the phase is done."""
     training = build(("L2P", "KD", None), several_cpus[0](2)).begin_training("student", small.classes_of(0))
-    seen, real = [], KD.forward
-    monkeypatch.setattr(KD, "forward", lambda self, *inputs: seen.append(inputs[-1]) or real(self, *inputs))
+    seen, real = [], Distiller.forward
+    monkeypatch.setattr(Distiller, "forward", lambda self, *inputs: seen.append(inputs[-1]) or real(self, *inputs))
     training.begin_epoch(1)
     training.train_step(*small.batch_of(0, torch.float64))
     assert seen == [0.5, 0.5]
