@@ -39,15 +39,8 @@ class ImageNetR(FileSource):
     upright = False  # as in the original
 
     def find(self) -> None:
-        kept = [] if self.resumed_dir is None else [self.resumed_dir / name for name in CHECKSUMS]
-        if any(file.exists() for file in kept):
-            self._draw()
-            for file in kept:
-                if not file.is_file() or file.read_bytes() != self.drawn_split[file.name]:
-                    raise DataError(
-                        f"{file} is not the split that the seed draws from {self.root / FOLDER}: restore the "
-                        "file or the images as they were when the run started, or start in a new log_dir"
-                    )
+        if self.resumed_dir is not None and (self.resumed_dir / TRAIN_FILE).exists():
+            self._draw()  # the same again, unless images have changed, which is judged for all data sets alike
             _log.warning("the split of ImageNet-R is not the paper's but that drawn before, in %s", self.resumed_dir)
             return
         try:

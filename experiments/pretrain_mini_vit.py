@@ -209,13 +209,11 @@ def make_optimizers(model: Pretrainer) -> list[torch.optim.Optimizer]:
     for name, parameter in model.named_parameters():
         is_decayed = parameter.ndim > 1 and not name.endswith(("_token", "pos_embed"))
         groups["others" if not is_decayed else "muon" if "blocks" in name else "decayed"].append(parameter)
-    adamw = [{"params": groups["decayed"], "weight_decay": WEIGHT_DECAY}, {"params": groups["others"]}]
+    decay = {"weight_decay": WEIGHT_DECAY}
+    adamw = [{"params": groups["decayed"], **decay}, {"params": groups["others"], "weight_decay": 0.0}]
     # Steps as large as AdamW's, so that the learning rate means the same.
-    muon = {"weight_decay": WEIGHT_DECAY, "adjust_lr_fn": "match_rms_adamw"}
-    return [
-        torch.optim.AdamW(adamw, lr=LR, weight_decay=0.0, fused=True),
-        torch.optim.Muon(groups["muon"], lr=LR, **muon),
-    ]
+    muon = torch.optim.Muon(groups["muon"], lr=LR, adjust_lr_fn="match_rms_adamw", **decay)
+    return [torch.optim.AdamW(adamw, lr=LR, fused=True), muon]
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """The trained student as a file that others can use."""
 
-import dataclasses
 import io
 import json
 from pathlib import Path
@@ -80,8 +79,8 @@ def trained_student(config: Config) -> tuple[StudentClassifier, dict[str, Any]]:
 
 def build_student(metadata: dict[str, Any], vit: PromptedViT) -> StudentClassifier:
     """A student of the right sizes on its backbone, not yet with its trained parts."""
-    distill = DistillConfig(metadata["KD_method"], tuple(metadata["kd_prompt_param"]), metadata["kd_alpha"])
-    distill = dataclasses.replace(distill, param=metadata["kd_param"])
+    prompt_param, alpha = tuple(metadata["kd_prompt_param"]), metadata["kd_alpha"]
+    distill = DistillConfig(metadata["KD_method"], prompt_param, alpha, param=metadata["kd_param"])
     prompts = {"learner_name": metadata["learner_name"], "prompt_param": tuple(metadata["prompt_param"])}
     # Evaluation does not use the teacher, so any backbone will do for it.
     vits, device = {"teacher": vit, "student": vit}, Parallel(torch.device("cpu"))

@@ -113,7 +113,12 @@ def open_run(config: Config) -> Iterator[RunFolder]:
     try:
         with contextlib.ExitStack() as stack:
             try:
-                _refuse_foreign(folder)
+                found = [name for name in (ARGS, "Results", "models", "state") if (root / name).exists()]
+                if found and not folder.has_run:
+                    what = f"{', '.join(found)}, but not both {ARGS} and {CLASSES}"
+                    reason = "it is no run of this project, or has lost these files"
+                    way_out = "choose another log_dir, or move everything in it away"
+                    raise ConfigError(f"{root} holds {what}: {reason}; {way_out}")
                 if config.overwrite and folder.has_run:
                     with _locked(root):
                         _move_aside(root.resolve())
@@ -131,14 +136,6 @@ def open_run(config: Config) -> Iterator[RunFolder]:
             with contextlib.suppress(OSError):
                 for path in new:
                     path.unlink(missing_ok=True) if path.name == LOG else path.rmdir()
-
-
-def _refuse_foreign(folder: RunFolder) -> None:
-    found = [name for name in (ARGS, "Results", "models", "state") if (folder.root / name).exists()]
-    if found and not folder.has_run:
-        way_out = "choose another log_dir, or move everything in it away"
-        what = f"{', '.join(found)}, but not both {ARGS} and {CLASSES}: it is no run of this project, or has lost these"
-        raise ConfigError(f"{folder.root} holds {what} files; {way_out}")
 
 
 @contextlib.contextmanager

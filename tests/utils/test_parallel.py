@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from learners.build import BlockCompiler
+from learners.distillers.base import Distiller
 from learners.steps import StepResult
 from tests.learners import small
 from tests.processes import Group
