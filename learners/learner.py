@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ class TaskTraining:
         self.classes = classes
         self.config = config
         self.parallel = parallel
-        self.progress = 0.0  # share of the epochs that are done
+        self.progress, self.lr = 0.0, config.optim.lr  # share of the epochs that are done, learning rate
         self.parameters = [p for p in step.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, config.optim)
         half = step.query_vit.autocast_dtype == torch.float16
@@ -138,15 +138,12 @@ class TaskTraining:
         self.scaler = torch.amp.GradScaler(parallel.device.type, init_scale=scale, enabled=half)
         self.run = parallel.wrap(self.step)
 
-    @property
-    def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
     def begin_epoch(self, epoch: int) -> None:
         """Set the learning rate of ``epoch``, from 0."""
         self.progress = epoch / self.config.optim.epochs
+        self.lr = learning_rate(self.config.optim, epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optim, epoch)
+            group["lr"] = self.lr
 
     def train_step(self, images: Tensor, targets: Tensor) -> StepResult:
         """Update the model with one batch; what it returns are scalars on the device.
@@ -167,7 +164,10 @@ class TaskTraining:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return _over_batch(results)._replace(gradient=norm)
+        # Losses are averaged and counts summed over the parts of the batch and the replicas of the step.
+        loss, correct = (torch.cat([getattr(result, name) for result in results]) for name in ("loss", "correct"))
+        terms = {name: torch.cat([result.terms[name] for result in results]).mean() for name in results[0].terms}
+        return StepResult(loss.mean(), terms, correct.sum(), norm)
 
     def state(self) -> dict:
         """Optimizer (and loss scale) for a resume."""
@@ -178,10 +178,3 @@ class TaskTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-
-
-def _over_batch(results: Sequence[StepResult]) -> StepResult:
-    """Losses averaged and counts summed over the parts of a batch and the replicas of the step."""
-    loss, correct = (torch.cat([getattr(result, name) for result in results]) for name in ("loss", "correct"))
-    terms = {name: torch.cat([result.terms[name] for result in results]).mean() for name in results[0].terms}
-    return StepResult(loss.mean(), terms, correct.sum())

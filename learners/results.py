@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from learners.build import Run
-from learners.speed import speed_by_phase, speed_lines
+from learners.speed import speed_by_phase
 from models.cdl_checkpoint import find_checkpoint
 from utils.checkpoint import ARGS, ARGS_END, CLASSES, METRICS, RunFolder, RunFolderError, from_bytes, sha256_of
 from utils.config import Config, ConfigError, plain
@@ -113,8 +113,12 @@ def write_results(folder: RunFolder, config: Config, run: Run, history: History)
         "peak_memory_mb": peak_memory_mb(),
         **environment(),
     }
-    for line in speed_lines(timing["speed"]):
-        _log.debug("%s", line)
+    for phase, x in timing["speed"].items():
+        _log.debug(
+            f"Speed of {phase}: {x['images_per_second']:.1f} images/s of {x['gflop_per_image']:.3g} GFLOP,"
+            f" {x['tflop_per_second']:.3g} TFLOP/s, {x['share_of_product']:.2f} of a large product's rate (MFU);"
+            f" {x['waited_for_data']:.1f} of {x['seconds']:.1f} s waited for data"
+        )
     folder.write(TIMING, (json.dumps(timing, indent=1) + "\n").encode())
     for role in history.accuracy:
         name = "acc_s" if role == "student" else "acc"

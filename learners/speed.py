@@ -81,13 +81,3 @@ def speed_by_phase(phases: Sequence[Mapping[str, Any]], speed: Mapping[str, Any]
             "waited_for_data": waited,
         }
     return result
-
-
-def speed_lines(by_phase: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What :func:`speed_by_phase` returned, for the log."""
-    return [
-        f"Speed of {phase}: {x['images_per_second']:.1f} images/s of {x['gflop_per_image']:.3g} GFLOP,"
-        f" {x['tflop_per_second']:.3g} TFLOP/s, {x['share_of_product']:.2f} of a large product's rate (MFU);"
-        f" {x['waited_for_data']:.1f} of {x['seconds']:.1f} s waited for data"
-        for phase, x in by_phase.items()
-    ]

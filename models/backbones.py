@@ -69,7 +69,7 @@ def load_backbone(
     if not pretrained:
         return Backbone(prompted, full, "")
     if weights is not None or name in OWN_MODELS:
-        path = weights or mini_vit.weights_path(name)
+        path = weights or mini_vit.WEIGHTS_DIR / f"{name}.safetensors"
         _load_file(vit, path, name)
     else:
         path = _hub_file(full, vit.pretrained_cfg["hf_hub_id"])

@@ -16,14 +16,7 @@ from pathlib import Path
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-IMAGE_SIZE = 64
-PATCH_SIZE = 16
 WEIGHTS_DIR = Path(__file__).resolve().parent / "weights"
-
-
-def weights_path(name: str) -> Path:
-    """The file with the shipped weights of ``mini_vit_base`` or ``mini_vit_small``."""
-    return WEIGHTS_DIR / f"{name}.safetensors"
 
 
 class ConvStem(nn.Module):
@@ -55,7 +48,7 @@ class ConvStem(nn.Module):
 
 
 def _mini_vit(embed_dim: int, depth: int) -> VisionTransformer:
-    sizes = {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "embed_dim": embed_dim, "depth": depth, "num_heads": 3}
+    sizes = {"img_size": 64, "patch_size": 16, "embed_dim": embed_dim, "depth": depth, "num_heads": 3}
     return VisionTransformer(num_classes=0, embed_layer=ConvStem, **sizes)
 
 

@@ -71,21 +71,18 @@ class DistillerEntry(Entry):
         """``config`` with a value for each parameter of the method, and a sentence for each one that is not allowed."""
         given = config.param or {}
         defaults = {field.name: field.type.read([field.default]) for field in self.fields}
-        param, problems = dict(defaults), [self._unknown(name) for name in given if name not in defaults]
+        param, problems = dict(defaults), []
+        for name in [name for name in given if name not in defaults]:
+            guess = nearest(name, list(defaults))
+            hint = f" (did you mean {guess}?)" if guess else ""
+            known = f"there is no {name}{hint}, only {', '.join(defaults)}"
+            problems.append(known if defaults else f"the method has no parameters, so leave {name} out")
         for field in self.fields:
             try:
                 param[field.name] = field.type.read([given.get(field.name, field.default)])
             except ValueError as error:
                 problems.append(f"{field.name} {error}")
         return dataclasses.replace(config, param=param, param_defaults=defaults), problems
-
-    def _unknown(self, name: str) -> str:
-        names = [field.name for field in self.fields]
-        if not names:
-            return f"the method has no parameters, so leave {name} out"
-        guess = nearest(name, names)
-        hint = f" (did you mean {guess}?)" if guess else ""
-        return f"there is no {name}{hint}, only {', '.join(names)}"
 
     def build(self, config: DistillConfig, *arguments: Any) -> Any:
         """The method's object, with all its parameters."""

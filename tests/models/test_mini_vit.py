@@ -6,7 +6,7 @@ import torch
 from dataloaders.transforms import to_unit
 from experiments.pretrain_mini_vit import Images, load_icon_r, nearest_mean
 from models.backbones import load_backbone
-from models.mini_vit import weights_path
+from models.mini_vit import WEIGHTS_DIR
 from models.sizes import OWN_MODELS, known_size
 
 
@@ -16,7 +16,7 @@ def test_weights_are_the_documented_ones_and_beat_raw_pixels_on_novel_classes(na
     backbone = load_backbone(name)
     vit = backbone.vit
     assert backbone.tag == name and (vit.depth, vit.image_size, vit.num_tokens) == known_size(name)
-    assert backbone.sha256 in weights_path(name).with_name("README.md").read_text(encoding="utf-8")
+    assert backbone.sha256 in (WEIGHTS_DIR / "README.md").read_text(encoding="utf-8")
     features, pixels = [], []
     for data in map(load_icon_r, (True, False)):
         part = data.select(data.labels < 20)
