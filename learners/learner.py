@@ -26,8 +26,7 @@ class TeacherStudentLearner:
         config: settings of the run; its optimizer and schedule start again for each model at each task.
         student: frozen backbone, pool and head; its backbone without prompts gives the query of both models.
         distiller: the student's objective.
-        teacher: likewise, or None where ``distiller`` needs none.
-        parallel: where steps run.
+        teacher: like the student, or None where ``distiller`` needs none.
     """
 
     def __init__(

@@ -149,7 +149,7 @@ DISTILLERS: Registry[DistillerEntry] = Registry(
             ),
         ),
         "none": DistillerEntry(
-            "learners.distillers.none:NoDistillation", "the student alone, without a teacher", needs_teacher=False
+            "learners.distillers.base:Distiller", "the student alone, without a teacher", needs_teacher=False
         ),
     },
 )

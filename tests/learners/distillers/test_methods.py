@@ -7,10 +7,9 @@ import torch
 
 from dataloaders.tasks import ClassRange
 from learners.distillers import DISTILLERS
-from learners.distillers.base import DistillDims
+from learners.distillers.base import DistillDims, Distiller
 from learners.distillers.dkd import dkd_loss
 from learners.distillers.kd_token import KDToken
-from learners.distillers.none import NoDistillation
 from models.prompted_model import ModelOutput
 from utils.config import DistillConfig
 
@@ -127,6 +126,6 @@ def test_kd_prompts_sit_on_blocks_one_and_up():
 
 def test_without_distillation_cross_entropy_counts_fully():
     student, targets = output(), torch.tensor([0, 1, 2])
-    terms = NoDistillation(settings(alpha=0.9), DIMS)(student, None, targets, ALL)
+    terms = Distiller(settings(alpha=0.9), DIMS)(student, None, targets, ALL)
     assert terms.keys() == {"ce"}
     torch.testing.assert_close(terms["ce"], torch.nn.functional.cross_entropy(student.logits, targets))
