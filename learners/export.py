@@ -79,12 +79,11 @@ def trained_student(config: Config) -> tuple[StudentClassifier, dict[str, Any]]:
 
 def build_student(metadata: dict[str, Any], vit: PromptedViT) -> StudentClassifier:
     """A student of the right sizes on its backbone, not yet with its trained parts."""
-    prompt_param, alpha = tuple(metadata["kd_prompt_param"]), metadata["kd_alpha"]
-    distill = DistillConfig(metadata["KD_method"], prompt_param, alpha, param=metadata["kd_param"])
-    prompts = {"learner_name": metadata["learner_name"], "prompt_param": tuple(metadata["prompt_param"])}
+    prompt_param, kd_prompt_param = (tuple(metadata[key]) for key in ("prompt_param", "kd_prompt_param"))
+    distill = DistillConfig(metadata["KD_method"], kd_prompt_param, metadata["kd_alpha"], param=metadata["kd_param"])
+    config = Config(learner_name=metadata["learner_name"], prompt_param=prompt_param, distill=distill)
     # Evaluation does not use the teacher, so any backbone will do for it.
     vits, device = {"teacher": vit, "student": vit}, Parallel(torch.device("cpu"))
-    config = Config(distill=distill, **prompts)
     learner = build_learner(config, vits, metadata["num_classes"], metadata["num_tasks"], device)
     learner.resume_task(metadata["task"])
     return StudentClassifier(learner.student, learner.distiller, metadata["classes_seen"])
@@ -114,18 +113,17 @@ def export(classifier: StudentClassifier, metadata: dict[str, Any], path: Path) 
 
 
 def load_exported(path: Path) -> StudentClassifier:
-    """Rebuild the student from an exported ``.safetensors`` file alone; ConfigError if it is another file."""
+    """Rebuild the student from an exported ``.safetensors`` file alone; ConfigError if it lacks tensors."""
     with safe_open(path, framework="pt") as file:
-        description = (file.metadata() or {}).get("description")
+        metadata = json.loads(file.metadata()["description"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if description is None:
-        raise ConfigError([f"{path} is not an exported student"])
-    metadata = json.loads(description)
     vit = load_backbone(metadata["backbone"], pretrained=False).vit
     if metadata["mean_std"] is not None:
         vit.normalize(*metadata["mean_std"])
     classifier = build_student(metadata, vit)
-    classifier.load_state_dict(tensors, strict=False)  # not the parts for training
+    if missing := sorted(_tensors(classifier).keys() - tensors.keys()):
+        raise ConfigError([f"{path} is not an exported student: it lacks {', '.join(missing[:3])}"])
+    classifier.load_state_dict(tensors, strict=False)
     return classifier
 
 

@@ -24,8 +24,7 @@ class TeacherStudentLearner:
         config: settings of the run; its optimizer and schedule start again for each model at each task.
         student: frozen backbone, pool and head; its backbone without prompts gives the query of both models.
         distiller: the student's objective.
-        teacher: likewise, or None where ``distiller`` needs none.
-        parallel: where steps run.
+        teacher: like the student, or None where ``distiller`` needs none.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class TaskTraining:
         self.classes = classes
         self.config = config
         self.parallel = parallel
-        self.progress = 0.0  # share of the epochs that are done
+        self.progress, self.lr = 0.0, config.optim.lr  # share of the epochs that are done, learning rate
         self.parameters = [p for p in step.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, config.optim)
         half = step.query_vit.autocast_dtype == torch.float16
@@ -136,15 +135,12 @@ class TaskTraining:
         self.scaler = torch.amp.GradScaler(parallel.device.type, init_scale=scale, enabled=half)
         self.run = parallel.wrap(self.step)
 
-    @property
-    def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
     def begin_epoch(self, epoch: int) -> None:
         """Set the learning rate of ``epoch``, from 0."""
         self.progress = epoch / self.config.optim.epochs
+        self.lr = learning_rate(self.config.optim, epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optim, epoch)
+            group["lr"] = self.lr
 
     def train_step(self, images: Tensor, targets: Tensor) -> StepResult:
         """Update the model with one batch; what it returns are scalars on the device.

@@ -56,12 +56,11 @@ class Step(nn.Module):
 
     def _result(self, terms: dict[str, Tensor], logits: Tensor, targets: Tensor, classes: ClassRange) -> StepResult:
         """Add up the terms and count the answers that are right among ``classes``."""
-        masked = logits.new_full(logits.shape, float("-inf"))
-        masked[:, slice(*classes)] = logits.detach()[:, slice(*classes)]
+        best = logits[:, slice(*classes)].argmax(1) + classes.start
         return StepResult(
             loss=sum(terms.values()).reshape(1),
             terms={name: term.detach().reshape(1) for name, term in terms.items()},
-            correct=(masked.argmax(1) == targets).sum().reshape(1),
+            correct=(best == targets).sum().reshape(1),
         )
 
 
@@ -74,12 +73,8 @@ class TeacherStep(Step):
 
     def forward(self, images: Tensor, targets: Tensor, classes: ClassRange, progress: float = 0.0) -> StepResult:
         """Losses of a batch, with the terms ``ce`` and ``prompt``."""
-        query = None
-        if self.teacher.prompt.needs_query:
-            query, _ = make_query(self.query_vit, images)
-        with torch.no_grad():
-            tokens = self.teacher.vit.embed(images)
-        output = self.teacher(tokens, query)
+        query = make_query(self.query_vit, images)[0] if self.teacher.prompt.needs_query else None
+        output = self.teacher(self.teacher.vit.embed(images), query)
         terms = {
             "ce": task_cross_entropy(output.logits, targets, classes, self.class_weights),
             "prompt": self.aux_loss_scale * output.prompt_loss,

@@ -116,8 +116,6 @@ def _reading(path: Path) -> Iterator[None]:
     """Turn what goes wrong while a file is read into a :class:`ConfigError`."""
     try:
         yield
-    except ConfigError:
-        raise
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or 'there is no such file'})") from error
     except Exception as error:  # a damaged file can raise anything
@@ -132,13 +130,13 @@ def _load_file(vit: VisionTransformer, path: Path, name: str) -> None:
     for module in vit.modules():  # computed and not loaded, such as rotations by position
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
-    with _reading(path):
-        if path.suffix == ".npz":
+    if path.suffix == ".npz":
+        with _reading(path):
             problem = _load_npz(vit, path)
-        else:
-            state = {key: value for key, value in read_state(path).items() if not _NOT_BACKBONE.match(key)}
-            if (problem := misfit(state, vit.state_dict())) is None:
-                vit.load_state_dict(state)
+    else:
+        state = {key: value for key, value in read_state(path).items() if not _NOT_BACKBONE.match(key)}
+        if (problem := misfit(state, vit.state_dict())) is None:
+            vit.load_state_dict(state)
     if problem is not None:
         raise ConfigError(f"{path} does not fit {name}: {problem}; give the weights of that model")
 

@@ -1,12 +1,9 @@
 """Two small vision transformers for 64-pixel images, and their convolutional stem.
 
-``mini_vit_base`` (the teacher) and ``mini_vit_small`` (the student, and the query network) are timm's
-:class:`VisionTransformer` with :class:`ConvStem` as ``embed_layer``: with few images, convolutions learn
-local features that a plain patch projection does not (Xiao et al., "Early Convolutions Help Transformers
-See Better", 2021). Both take RGB images in [0, 1] without any normalisation. The weights in
-``models/weights`` were pre-trained with BatchNorm in the stem, which is folded into its convolutions.
-
-Shapes: B batch, N patches (4 x 4 = 16), D width.
+Both are timm's :class:`VisionTransformer` with :class:`ConvStem` as ``embed_layer``: with few images, convolutions
+learn local features that a plain patch projection does not (Xiao et al., "Early Convolutions Help Transformers See
+Better", 2021). They take RGB images in [0, 1] without any normalisation. The weights in ``models/weights`` were
+pre-trained with BatchNorm in the stem, which is folded into its convolutions.
 """
 
 import math
@@ -16,8 +13,6 @@ from pathlib import Path
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-IMAGE_SIZE = 64
-PATCH_SIZE = 16
 WEIGHTS_DIR = Path(__file__).resolve().parent / "weights"
 
 
@@ -45,20 +40,20 @@ class ConvStem(nn.Module):
         self.proj = nn.Conv2d(widths[-1], embed_dim, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Turn images [B, 3, 64, 64] into tokens [B, N, D]."""
+        """Turn images [B, 3, 64, 64] into tokens [B, 16, D]."""
         return self.proj(self.body(images)).flatten(2).transpose(1, 2)
 
 
 def _mini_vit(embed_dim: int, depth: int) -> VisionTransformer:
-    sizes = {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "embed_dim": embed_dim, "depth": depth, "num_heads": 3}
+    sizes = {"img_size": 64, "patch_size": 16, "embed_dim": embed_dim, "depth": depth, "num_heads": 3}
     return VisionTransformer(num_classes=0, embed_layer=ConvStem, **sizes)
 
 
 def mini_vit_base() -> VisionTransformer:
-    """Width 192, 6 blocks, 3 heads, 2.9 M parameters, random."""
+    """The teacher: width 192, 6 blocks, 3 heads, 2.9 M parameters, random."""
     return _mini_vit(192, 6)
 
 
 def mini_vit_small() -> VisionTransformer:
-    """Width 96, 4 blocks, 3 heads, 0.5 M parameters, random."""
+    """The student, and the query network: width 96, 4 blocks, 3 heads, 0.5 M parameters, random."""
     return _mini_vit(96, 4)

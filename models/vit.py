@@ -101,10 +101,9 @@ class PromptedViT(nn.Module):
         self.autocast_dtype = dtype
         return self
 
-    def normalize(self, mean: Sequence[float], std: Sequence[float]) -> PromptedViT:
+    def normalize(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Subtract ``mean`` from the colours of all images and divide them by ``std`` (3 numbers each), in place."""
         self.mean_std = torch.tensor([mean, std])[..., None, None]  # [2, 3, 1, 1]
-        return self
 
     def train(self, mode: bool = True) -> PromptedViT:
         """Stay in evaluation mode: the backbone is frozen (no dropout, no drop-path)."""

@@ -155,6 +155,9 @@ class TestExport:
         metadata = json.loads(path.with_suffix(".json").read_text())
         assert metadata["class_names"] == list(runs.CLASS_NAMES)
         assert sorted(file.name for file in path.parent.iterdir()) == ["student.json", "student.safetensors"]
+        save_file({}, path, metadata={"description": json.dumps(metadata)})
+        with pytest.raises(ValueError, match="is not an exported student: it lacks .*last"):
+            load_exported(path)
 
     def test_program_runs_by_itself(self, folder, images, tmp_path):
         path = tmp_path / "student.pt2"
@@ -163,11 +166,6 @@ class TestExport:
         pixels, expected = student_logits(folder, images)
         for part in (slice(0, 12), slice(3, 4)):
             torch.testing.assert_close(program(pixels[part]), expected[part], atol=1e-5, rtol=0)
-
-    def test_no_export(self, tmp_path):
-        save_file({}, tmp_path / "x.safetensors")
-        with pytest.raises(ValueError, match="is not an exported student"):
-            load_exported(tmp_path / "x.safetensors")
 
     def test_a_file_of_the_run_is_not_replaced(self, copy, capsys):
         before = runs.snapshot(copy)

@@ -66,11 +66,13 @@ class DistillerEntry(Entry):
         given = config.param or {}
         defaults = {field.name: field.type.read([field.default]) for field in self.fields}
         param, problems = dict(defaults), []
-        for name in (name for name in given if name not in defaults):
-            guess = nearest(name, defaults)
-            hint = f" (did you mean {guess}?)" if guess else ""
-            has = f"there is no {name}{hint}, only {', '.join(defaults)}"
-            problems.append(has if defaults else f"the method has no parameters, so leave {name} out")
+        for name in given:
+            if not defaults:
+                problems.append(f"the method has no parameters, so leave {name} out")
+            elif name not in defaults:
+                guess = nearest(name, defaults)
+                hint = f" (did you mean {guess}?)" if guess else ""
+                problems.append(f"there is no {name}{hint}, only {', '.join(defaults)}")
         for field in self.fields:
             try:
                 param[field.name] = field.type.read([given.get(field.name, field.default)])

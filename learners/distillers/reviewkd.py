@@ -37,22 +37,6 @@ class Fusion(nn.Module):
         return self.proj2(x), x
 
 
-class FusionChain(nn.Module):
-    """Fusions of all student blocks, the deepest first (``abfs.0``)."""
-
-    def __init__(self, student_dim: int, teacher_dim: int, depth: int) -> None:
-        super().__init__()
-        self.abfs = nn.ModuleList(Fusion(student_dim, teacher_dim, deepest=index == 0) for index in range(depth))
-
-    def forward(self, blocks: tuple[Tensor, ...]) -> list[Tensor]:
-        """Features to compare with the teacher's, in the order of the blocks (shallow first)."""
-        features, handed_on = [], None
-        for fusion, tokens in zip(self.abfs, reversed(blocks), strict=True):
-            feature, handed_on = fusion(tokens, handed_on)
-            features.append(feature)
-        return features[::-1]
-
-
 class ReviewKD(Distiller):
     """KD, and ``weight`` (0.2) times the mean over the student's blocks of the MSE to the teacher's last L_s blocks."""
 
@@ -60,10 +44,14 @@ class ReviewKD(Distiller):
 
     def __init__(self, config: DistillConfig, dims: DistillDims) -> None:
         super().__init__(config, dims)
-        self.ReviewKD_layers = FusionChain(dims.student_dim, dims.teacher_dim, dims.student_depth)
+        deepest_first = [index == 0 for index in range(dims.student_depth)]
+        fusions = [Fusion(dims.student_dim, dims.teacher_dim, deepest=deepest) for deepest in deepest_first]
+        self.ReviewKD_layers = nn.ModuleDict({"abfs": nn.ModuleList(fusions)})
 
     def feature(self, student: ModelOutput, teacher: ModelOutput) -> Tensor:
-        fused = self.ReviewKD_layers(student.blocks)
-        pairs = zip(fused, teacher.blocks[-len(fused) :], strict=True)
-        losses = [F.mse_loss(full_precision(f), full_precision(t)) for f, t in pairs]
-        return self.param["weight"] * torch.stack(losses).mean()
+        losses, fused = [], None
+        own, others = reversed(student.blocks), reversed(teacher.blocks)
+        for fusion, tokens, target in zip(self.ReviewKD_layers["abfs"], own, others, strict=False):
+            feature, fused = fusion(tokens, fused)
+            losses.append(F.mse_loss(full_precision(feature), full_precision(target)))
+        return self.param["weight"] * torch.stack(losses[::-1]).mean()

@@ -7,19 +7,12 @@ from models.prompts.base import PromptDims, PromptOutput, PromptPool
 from models.vit import LayerPrompt, split_prompt
 from utils.config import ConfigError
 
-_MIN_SQUARED_NORM = 1e-8
-
 
 class CODAPrompt(PromptPool):
     """A pool of M components on blocks 0 to 4, of which each task adds M // T (arXiv 2211.13218, section 4).
 
-    Parameters per block l: components ``e_p_l`` [M, length, D], keys ``e_k_l`` [M, Dq] and attention
-    ``e_a_l`` [M, Dq].
-
-    Args:
-        pool: M, number of components; at least one for each task.
-        length: prompt length, split evenly in keys and values.
-        ortho_weight: weight of the orthogonality penalty; 0 switches it off.
+    Parameters per block l: M = ``pool`` components ``e_p_l`` [M, length, D], half keys and half values, with keys
+    ``e_k_l`` [M, Dq] and attention ``e_a_l`` [M, Dq]. ``ortho_weight`` is that of the orthogonality penalty.
     """
 
     def __init__(self, *, pool: int, length: int, ortho_weight: float, dims: PromptDims) -> None:
@@ -33,6 +26,7 @@ class CODAPrompt(PromptPool):
             self.register_parameter(f"e_a_{layer}", nn.Parameter(torch.zeros(pool, dims.query_dim)))
         self.begin_task(0, torch.default_generator)
 
+    @torch.no_grad()
     def begin_task(self, task: int, generator: torch.Generator) -> None:
         """Grow the pool: draw new components for the task, orthogonal to all earlier ones."""
         super().begin_task(task, generator)
@@ -40,14 +34,13 @@ class CODAPrompt(PromptPool):
         for layer in self.layers:
             for parameter in self._tensors(layer):
                 draws = torch.randn(self.per_task, parameter[0].numel(), generator=generator)
-                with torch.no_grad():
-                    parameter.copy_(gram_schmidt_growth(parameter.detach().cpu(), draws, start))
+                parameter.copy_(gram_schmidt_growth(parameter.cpu(), draws, start))
 
     def forward(self, query: Tensor) -> PromptOutput:
         prompts = self.no_prompts()
         loss = query.new_zeros(())
         for layer in self.layers:
-            p, keys, attention = self._visible(layer)
+            keys, attention, p = self._visible(layer)
             weights = component_weights(query, keys, attention)  # [B, f]
             prompt = (weights @ p.flatten(1)).unflatten(1, p.shape[1:])  # [B, length, D]
             prompts[layer] = LayerPrompt(prefix=split_prompt(prompt))
@@ -59,7 +52,7 @@ class CODAPrompt(PromptPool):
         """Sum each component's weight over the batch, per block."""
         result = {}
         for layer in self.layers:
-            _, keys, attention = self._visible(layer)
+            keys, attention, _ = self._visible(layer)
             total = query.new_zeros(len(getattr(self, f"e_k_{layer}")))
             total[: len(keys)] = component_weights(query, keys, attention).sum(0)
             result[f"block {layer}"] = total
@@ -70,13 +63,12 @@ class CODAPrompt(PromptPool):
         return tuple(getattr(self, f"e_{kind}_{layer}") for kind in ("k", "a", "p"))
 
     def _visible(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Components, keys and attention up to the current task; past ones without gradient in training."""
+        """Keys, attention and components up to the current task; past ones without gradient in training."""
         start = self.task * self.per_task
         stop = start + self.per_task
-        keys, attention, p = (
-            torch.cat([x[:start].detach(), x[start:stop]]) if self.training else x[:stop] for x in self._tensors(layer)
-        )
-        return p, keys, attention
+        if not self.training:
+            return tuple(x[:stop] for x in self._tensors(layer))
+        return tuple(torch.cat([x[:start].detach(), x[start:stop]]) for x in self._tensors(layer))
 
 
 def component_weights(query: Tensor, keys: Tensor, attention: Tensor) -> Tensor:
@@ -114,7 +106,7 @@ def gram_schmidt_growth(before: Tensor, draws: Tensor, start: int) -> Tensor:
     rows[:start] = before.flatten(1)[:start]
     squared_norms = rows.square().sum(1)
     for index, draw in enumerate(draws.double(), start):
-        if index and squared_norms[:index].min() < _MIN_SQUARED_NORM:
+        if index and squared_norms[:index].min() < 1e-8:
             zero = int(squared_norms[:index].argmin())
             raise ConfigError(
                 f"component {zero} of the prompt pool has become zero (squared norm {squared_norms[zero]:.1e}), "

@@ -9,12 +9,8 @@ from models.vit import LayerPrompt, split_prompt
 class DualPrompt(PromptPool):
     """G prompts on blocks 0 and 1, the same for every image; one E prompt per task on blocks 2 to 4.
 
-    Parameters: ``g_p_l`` [g_length, D]; ``e_p_l`` [M, e_length, D] and keys ``e_k_l`` [M, Dq].
-
-    Args:
-        pool: M, number of E prompts; at least one for each task.
-        e_length: length of an E prompt, split evenly in keys and values.
-        g_length: length of a G prompt, likewise.
+    Parameters: G prompts ``g_p_l`` [g_length, D]; M = ``pool`` E prompts (at least one for each task) ``e_p_l``
+    [M, e_length, D] and their keys ``e_k_l`` [M, Dq]. A prompt is half keys and half values.
     """
 
     per_task = 1

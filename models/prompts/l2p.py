@@ -7,21 +7,17 @@ from torch import Tensor
 from models.prompts.base import PromptDims, PromptOutput, PromptPool, cosine_similarity, uniform_parameter
 from models.vit import KV, LayerPrompt, split_prompt
 
-TOP_K = 5
-
 
 class L2P(PromptPool):
     """E prompts on block 0, or on blocks 0 to 4 when ``deep``; the 5 best keys are used together.
 
-    Parameters: ``e_p_l`` [M, length, D] and keys ``e_k_l`` [M, Dq].
-
-    Args:
-        pool: M, number of prompts; at least 5.
-        length: length of a prompt, split evenly in keys and values.
+    Parameters: M = ``pool`` prompts (at least 5) ``e_p_l`` [M, length, D], half keys and half values; their keys
+    ``e_k_l`` [M, Dq].
     """
 
     def __init__(self, *, pool: int, length: int, deep: bool, dims: PromptDims) -> None:
         super().__init__(dims)
+        self.pool = pool
         self.layers = self.blocks(range(5 if deep else 1))
         for layer in self.layers:
             self.register_parameter(f"e_p_{layer}", uniform_parameter(pool, length, dims.embed_dim))
@@ -35,18 +31,17 @@ class L2P(PromptPool):
             e_p = getattr(self, f"e_p_{layer}")
             # Not e_p[best.indices], whose gradient adds up the uses of a prompt in no fixed order.
             chosen = F.embedding(best.indices, e_p.flatten(1)).unflatten(2, e_p.shape[1:])  # [B, 5, length, D]
-            chosen = split_prompt(chosen)
-            prompts[layer] = LayerPrompt(prefix=KV(chosen.key.flatten(1, 2), chosen.value.flatten(1, 2)))
+            key, value = split_prompt(chosen)
+            prompts[layer] = LayerPrompt(prefix=KV(key.flatten(1, 2), value.flatten(1, 2)))
             if self.training:
                 loss = loss + (1 - best.values).sum(1).mean()  # arXiv 2112.08654 eq. 5
         return PromptOutput(prompts, loss)
 
     def usage(self, query: Tensor) -> dict[str, Tensor]:
         """Count the images that choose each prompt, per block; an image chooses five."""
-        chosen = {layer: self._best(query, layer).indices.flatten() for layer in self.layers}
-        sizes = {layer: len(getattr(self, f"e_k_{layer}")) for layer in self.layers}
-        return {f"block {layer}": x.bincount(minlength=sizes[layer]).float() for layer, x in chosen.items()}
+        chosen = {f"block {layer}": self._best(query, layer).indices.flatten() for layer in self.layers}
+        return {name: x.bincount(minlength=self.pool).float() for name, x in chosen.items()}
 
     def _best(self, query: Tensor, layer: int) -> torch.return_types.topk:
         """Similarities and indices of the five nearest keys, [B, 5] each."""
-        return cosine_similarity(query, getattr(self, f"e_k_{layer}")).topk(TOP_K, dim=1)
+        return cosine_similarity(query, getattr(self, f"e_k_{layer}")).topk(5, dim=1)
