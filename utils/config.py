@@ -110,11 +110,6 @@ def path(allowed: str, *, many: bool = False) -> Type:
     return text(allowed, "PATH", lambda word: Path(os.path.expanduser(word)), many)
 
 
-def _url(word: str) -> str | None:
-    """An address that urllib opens."""
-    return word if word.startswith(("http://", "https://", "file://")) else None
-
-
 def choice(*names: str) -> Type:
     """One of a few names."""
     return Type(" | ".join(names), "NAME", lambda item: item if item in names else None)
@@ -125,6 +120,7 @@ def many(item: Type, allowed: str, holds: Callable[[tuple], bool]) -> Type:
     return Type(allowed.format(item.allowed), item.metavar, item.parse, True, holds)
 
 
+_SCHEMES = ("http://", "https://", "file://")  # which urllib opens
 _WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 SWITCH = Type("0 or 1", "0|1", lambda item: _WORDS.get(str(item).lower()), alone=True)
 FRACTION = real("a number from 0 to 1", lambda number: 0 <= number <= 1)
@@ -136,6 +132,7 @@ BELOW_ONE = real("a number of at least 0 and below 1", lambda number: 0 <= numbe
 SHARE = real("a number above 0 and of at most 1", lambda number: 0 < number <= 1)
 SEVERAL, TWO = "one number or more, each {}", "2 numbers, each {}"
 NUMBERS = many(real(), SEVERAL, bool)._replace(alone=())
+URL = text("an http(s):// or file:// address", "URL", lambda word: word if word.startswith(_SCHEMES) else None)
 EPOCHS = many(whole(1), SEVERAL + ", increasing", lambda values: [*values] == sorted(set(values)))
 GPUS = many(whole(0, special=-1), SEVERAL + ", no two equal", lambda values: len(set(values)) == len(values))
 PAIR = many(whole(1), TWO, lambda values: len(values) == 2)
@@ -244,9 +241,7 @@ class DataConfig:
 
     dataset: str | None = option(None, text("a data set"), DATA, "data set", paper="CIFAR100 and ImageNet_R")
     dataroot: Path = neutral(Path("data"), path("a folder"), DATA, "folder of the data sets (not used by Icon_R)")
-    data_url: str | None = neutral(
-        None, text("an http(s):// or file:// address", "URL", _url), DATA, "where to download from; default: its own"
-    )
+    data_url: str | None = neutral(None, URL, DATA, "where to download from; default: its own")
     first_split_size: int | None = option(
         None, whole(1), DATA, "classes of the first task; default: as the others", paper=_PAPER_SPLIT
     )
@@ -407,8 +402,7 @@ class Config:
 
     def result_settings(self) -> dict[str, Any]:
         """The part of :meth:`to_yaml_dict` that decides the results: no folders, devices or logging."""
-        settings = self.to_yaml_dict()
-        return {key: settings[key] for key, each in OPTIONS.items() if each.affects_results}
+        return {key: plain(each.value(self)) for key, each in OPTIONS.items() if each.affects_results}
 
     def changes(self, theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Settings that affect results and differ: key -> (another run's value, this one's).
@@ -592,13 +586,10 @@ def _missing_problems(parsed: Parsed, file: Path | None) -> list[str]:
         return []  # which settings it needs depends on what is to be done
     needed = _REQUIRED[:1] if config.action == "check_data" else _REQUIRED
     missing = [key for key in needed if OPTIONS[key].value(config) is None and key not in invalid]
-    problems = []
-    if missing and file is not None:
-        problems += [f"{key} is missing: set it in {file} or give --{key}" for key in missing]
-    elif missing and config.action not in _ON_A_RUN:
-        flags = ", ".join(f"--{key}" for key in missing)
-        problems.append(f"--config is missing: give a YAML file, such as configs/icon-r_prompt.yaml (or {flags})")
-    return problems
+    if not missing or file is not None:
+        return [f"{key} is missing: set it in {file} or give --{key}" for key in missing]
+    flags = ", ".join(f"--{key}" for key in missing)
+    return [f"--config is missing: give a YAML file, such as configs/icon-r_prompt.yaml (or {flags})"]
 
 
 class _Parser(argparse.ArgumentParser):

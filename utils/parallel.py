@@ -167,14 +167,14 @@ class Distributed(Parallel):
     """One process of a ``torchrun`` group: DistributedDataParallel, nccl on GPUs and gloo on CPUs.
 
     The first object joins the group, since a process can join only once; :func:`leave_group` leaves it. An exchange
-    between processes without an answer ends with an error after ``timeout_s`` seconds.
+    between processes without an answer ends with an error after ``TIMEOUT_S`` seconds.
     """
 
-    def __init__(self, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         if not torch.distributed.is_initialized():
             backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-            timeout = datetime.timedelta(seconds=timeout_s)
+            timeout = datetime.timedelta(seconds=TIMEOUT_S)
             torch.distributed.init_process_group(backend, timeout=timeout, device_id=device_id)
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
@@ -264,16 +264,14 @@ def cuda_problem(gpus: Sequence[int]) -> str | None:
     return None
 
 
-def build_parallel(
-    device: str | None, gpuids: Sequence[int] | None, *, alone: bool = False, timeout_s: float = TIMEOUT_S
-) -> Parallel:
+def build_parallel(device: str | None, gpuids: Sequence[int] | None, *, alone: bool = False) -> Parallel:
     """torchrun's processes, several GPUs or one device, by the environment and the flags; ``alone`` joins no group."""
     in_group = "RANK" in os.environ and not alone
     chosen = choose_device(device, gpuids, int(os.environ.get("LOCAL_RANK", "0")) if in_group else None)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # else code that names no GPU, such as the pinning thread, occupies GPU 0
     if in_group:
-        return Distributed(chosen, timeout_s)
+        return Distributed(chosen)
     if chosen.type == "cuda" and gpuids and len(gpuids) > 1:
         return SeveralGPUs(gpuids)
     return Parallel(chosen)

@@ -158,7 +158,6 @@ def test_damaged_and_foreign_folders_are_listed(tmp_path):
     (runs / "started").mkdir()
     (runs / "started/args.yaml").touch()
     (runs / "args.yaml").touch()  # a folder of --repeat is no run
-    os.mkfifo(runs / "good/Results/timing.json")  # not waited for
     files = report(runs, out=runs / "report")
     assert files == report(runs, out=runs / "report")  # the same bytes
     listed = re.findall(r"^\| \S*/(\w+) \| (\S+)", files["md"].partition("## Folders not used")[2], re.MULTILINE)

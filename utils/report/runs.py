@@ -142,9 +142,7 @@ def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
 def _time(folder: Path, roles: Collection[str]) -> str:
     """The run's time from timing.json, which a report can do without; marked if it lacks the teacher's training."""
     try:
-        if not (folder / "Results" / "timing.json").is_file():  # a pipe could be waited for without end
-            return ""
-        timing = json.loads((folder / "Results" / "timing.json").read_text(encoding="utf-8"))
+        timing = json.loads((folder / "Results/timing.json").read_text(encoding="utf-8"))
         trained = {training["phase"] for training in timing["phases"]}
         return duration(timing["total_seconds"]) + ("" if trained >= {*roles} else " (student only)")
     except (OSError, ValueError, LookupError, TypeError):
