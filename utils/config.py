@@ -189,10 +189,8 @@ def option(default: Any, *args: Any, **more: Any) -> Any:
     return field(default=default, metadata={"option": Option(default, *args, **more)})
 
 
-neutral = functools.partial(option, affects_results=False)
-"""An :func:`option` that changes how a run proceeds, but not its results."""
-flag = functools.partial(option, affects_results=False, in_yaml=False)
-"""An :func:`option` of the command line alone."""
+neutral = functools.partial(option, affects_results=False)  # changes how a run proceeds, but not its results
+flag = functools.partial(option, affects_results=False, in_yaml=False)  # of the command line alone
 
 USE, RUN, METHOD, MODELS, DATA = "Actions, instead of training", "Run", "Method", "Models", "Data"
 TRAINING, DEVICES, LOGGING = "Training", "Devices", "Logging"
@@ -519,10 +517,7 @@ def _suggestion(name: str, keys: Collection[str]) -> str | None:
 
 
 def _read_yaml(file: Path, parsed: Parsed, saved: bool) -> bool:
-    """Read a YAML file into ``parsed`` and return whether that was possible.
-
-    A file ``saved`` by a run may come from a machine with other devices and folders, so these are left out.
-    """
+    """Read a YAML file, which a run may have ``saved``, into ``parsed``; returns whether that was possible."""
     try:
         settings = load_yaml(file)
     except ValueError as error:

@@ -105,10 +105,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def aggregate(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Every measure over several seeds: measure -> ``{"mean": float, "std": float | None, "n": int, "values": [...]}``.
-
-    ``models`` holds the teacher's or the student's part of metrics.json, one per seed.
-    """
+    """Measures of one model per seed: name -> ``{"mean": float, "std": float | None, "n": int, "values": [...]}``."""
     summary = {}
     for name in MEASURES:
         values = [model[name] for model in models]

@@ -166,8 +166,7 @@ class _Replicas(DataParallel):
 class Distributed(Parallel):
     """One process of a ``torchrun`` group: DistributedDataParallel, nccl on GPUs and gloo on CPUs.
 
-    The first object joins the group, since a process can join only once; :func:`leave_group` leaves it. An exchange
-    between processes without an answer ends with an error after ``TIMEOUT_S`` seconds.
+    The first object joins the group, since a process can join only once; :func:`leave_group` leaves it.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -54,10 +54,7 @@ _METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": Non
 
 
 def draw(metrics: Mapping[str, Any]) -> dict[str, bytes]:
-    """The pictures of one run, from the content of metrics.json, each as PNG and as PDF.
-
-    accuracy and accuracy_matrix; losses and prompt_usage where there is something to show.
-    """
+    """The pictures of one run that have something to show, as PNG and as PDF, from the content of metrics.json."""
     curves = {role: [metrics[role]["average_accuracy"]] for role in _roles(metrics)}
     figures = {
         "accuracy": (draw_curves, _title(metrics), curves, metrics["num_tasks"]),
@@ -78,10 +75,7 @@ def draw_repeat(runs: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
 
 
 def accuracy_limits(curves: Iterable[Sequence[float]]) -> tuple[float, float]:
-    """A range (%) that holds all curves: at least 10 points, so that noise does not look like a trend.
-
-    It ends slightly beyond 0 and 100, so that a marker on the edge is whole.
-    """
+    """A range (%) of at least 10 points, less being noise, that holds all curves and the markers at 0 and 100."""
     values = [value for curve in curves for value in curve]
     middle, half = (min(values) + max(values)) / 2, max(5.0, 0.58 * (max(values) - min(values)))
     return max(middle - half, -1.0), min(middle + half, 101.0)
@@ -236,7 +230,9 @@ def _prompt_usage(metrics: Mapping[str, Any]) -> Figure:
     usage = {role: metrics["prompt_usage"][role] for role in roles}
     layer = next(layer for role in roles for task in usage[role] for layer in task)  # the first, which all models have
     rows = {role: [task[layer] for task in usage[role] if layer in task] for role in roles}
-    choices = _are_shares(itertools.chain(*rows.values()))
+    # Shares of choices sum to a whole number, as all images choose equally many prompts.
+    sums = [sum(row) if 0 <= min(row) and max(row) <= 1 else 0.0 for row in itertools.chain(*rows.values())]
+    choices = all(total > 0.5 and math.isclose(total, round(total), abs_tol=1e-6) for total in sums)
     label, of = ("Share of images", "choices") if choices else ("Weight", "weights")
     which = "prompts of earlier tasks" if own else "prompts that earlier tasks used"
     figure = _figure(2.2 + 1.3 * len(roles), f"{_title(metrics)}: share of a task's {of} that goes to {which}")
@@ -263,19 +259,10 @@ def _prompt_usage(metrics: Mapping[str, Any]) -> Figure:
 
 
 def _earlier(rows: Sequence[Sequence[float]], per_task: int) -> list[float]:
-    """The share (%) of each task's row that is in the ``per_task`` entries of each earlier task.
-
-    With 0, in those that are not 0 in an earlier row.
-    """
+    """For each task the share (%) of its row in the ``per_task`` entries of each earlier one; 0: in those in use."""
     used, shares = set(), []
     for task, row in enumerate(rows):
         earlier = row[: task * per_task] if per_task else [row[j] for j in used]
         shares.append(100 * sum(map(abs, earlier)) / (sum(map(abs, row)) or 1.0))
         used |= {j for j, value in enumerate(row) if value}
     return shares
-
-
-def _are_shares(rows: Iterable[Sequence[float]]) -> bool:
-    """Whether usage counts choices: all images choose equally many prompts, so shares sum to a whole number."""
-    sums = [sum(row) if 0 <= min(row) and max(row) <= 1 else 0.0 for row in rows]
-    return all(total > 0.5 and math.isclose(total, round(total), abs_tol=1e-6) for total in sums)

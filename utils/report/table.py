@@ -97,9 +97,9 @@ class Line:
         Only columns with the most seeds take part: a lucky single seed does not make a method better.
         """
         seeds = max(len(cell.complete) for cell in self.cells.values())
-        columns = [column for column, cell in self.cells.items() if len(cell.complete) == seeds > 0]
-        means = {column: statistics.fmean(run.accuracy for run in self.cells[column].complete) for column in columns}
-        return max(columns, key=means.get) if len(columns) > 1 else None
+        cells = {column: cell for column, cell in self.cells.items() if len(cell.complete) == seeds > 0}
+        means = {column: cell.measure("final_average_accuracy")[0] for column, cell in cells.items()}
+        return max(means, key=means.get) if len(means) > 1 else None
 
     def gains(self) -> dict[str, tuple[float, float | None, int]]:
         """Mean, standard error and number of the differences to the runs of the same seeds without distillation."""
