@@ -198,9 +198,8 @@ IGNORED = "Without effect, accepted from the original's command lines and files"
 _GROUPS = (USE, RUN, DATA, METHOD, MODELS, TRAINING, DEVICES, LOGGING, IGNORED)
 _REQUIRED = ("dataset", "schedule")
 # What everybody types -> option.
-SYNONYMS = {"epochs": "schedule", "seed": "random_s", "learning_rate": "lr", "gpus": "gpuid"}
+SYNONYMS = {"epochs": "schedule", "seed": "random_s", "learning_rate": "lr", "gpus": "gpuid", "student": "s_model"}
 SYNONYMS |= {"output_dir": "log_dir", "alpha": "kd_alpha", "temperature": "Soft_T", "data_dir": "dataroot"}
-SYNONYMS |= {"student": "s_model"}
 # An args.yaml says these of the machine and the start of its run; they mean nothing to the use of its models.
 _ONLY_FOR_TRAINING = ("gpuid", "device", "init_from")
 _LARGEST_FILE = 1 << 15  # a configuration has 2 KiB; PyYAML takes seconds for megabytes

@@ -32,8 +32,7 @@ def measure(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
     - forgetting: the original's, Σ_j (a[j][j] − a[T][j]) / T, in points: the last task's 0 counts.
     - forgetting_max: the usual one, in points (Chaudhry et al. 2018, eq. 3): the best accuracy that a task had before
       the last one was learned, minus its accuracy now, averaged over all tasks but the last; 0.0 after a single task.
-    - backward_transfer: mean of a[T][j] − a[j][j] over all tasks but the last, in points (Lopez-Paz and Ranzato 2017),
-      or 0.0.
+    - backward_transfer: mean of a[T][j] − a[j][j] over the same tasks, in points (Lopez-Paz and Ranzato 2017), or 0.0.
 
     Raises ValueError for rows that are no triangle.
     """
@@ -79,8 +78,8 @@ def summary_lines(student: Mapping[str, Any]) -> list[str]:
     """The three lines that end the original's log, from the student's part of metrics.json."""
     return [
         "===Summary of student experiment===",
-        f"Acc | mean: {_fixed(student['final_average_accuracy'])}",
-        f"Forgetting: {_fixed(student['forgetting'])}",
+        f"Acc | mean: {fixed(student['final_average_accuracy'])}",
+        f"Forgetting: {fixed(student['forgetting'])}",
     ]
 
 
@@ -89,10 +88,10 @@ def summary_table(teacher: Mapping[str, Any] | None, student: Mapping[str, Any])
     models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
     rows = [("", *models)]
     for task, values in enumerate(zip(*(model["average_accuracy"] for model in models.values()), strict=True), 1):
-        rows.append((f"Accuracy after task {task} (%)", *map(_fixed, values)))
+        rows.append((f"Accuracy after task {task} (%)", *map(fixed, values)))
     for name, words in MEASURES.items():
         unit = "%" if name.endswith("accuracy") else "points"
-        rows.append((f"{words} ({unit})", *(_fixed(model[name]) for model in models.values())))
+        rows.append((f"{words} ({unit})", *(fixed(model[name]) for model in models.values())))
     width = max(len(row[0]) for row in rows)
     lines = [f"{row[0]:<{width}}" + "".join(f"{cell:>9}" for cell in row[1:]) for row in rows]
     rule = "-" * len(lines[0])
@@ -114,5 +113,6 @@ def aggregate(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def _fixed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.2f}"  # + 0.0: forgetting of -0.00 reads as 0.00
+def fixed(value: float, sign: str = "") -> str:
+    """Two decimals, without -0.00."""
+    return f"{round(value, 2) + 0.0:{sign}.2f}"

@@ -6,11 +6,11 @@ over all rows of the global batch, counts are sums.
 
 import contextlib
 import copy
-import datetime
 import inspect
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -173,8 +173,7 @@ class Distributed(Parallel):
         super().__init__(device)
         if not torch.distributed.is_initialized():
             backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-            timeout = datetime.timedelta(seconds=TIMEOUT_S)
-            torch.distributed.init_process_group(backend, timeout=timeout, device_id=device_id)
+            torch.distributed.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S), device_id=device_id)
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
 
@@ -222,8 +221,7 @@ def leave_group() -> None:
 
 
 def lost_process(error: RuntimeError) -> bool:
-    """Whether an error in a group says that another process is gone or does not answer."""
-    # gloo's errors have no type of their own.
+    """Whether an error in a group says that another process is gone or does not answer; gloo's have no own type."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from utils.metrics import MEASURES
+from utils.metrics import MEASURES, fixed
 from utils.plots import accuracy_limits, draw_curves, render
 from utils.report.runs import Run
 from utils.report.table import Cell, Line, shared_settings
@@ -149,7 +149,7 @@ def _run(run: Run) -> list[list[Text]]:
 
 
 def _number(value: float | None, sign: str = "") -> str:
-    return "" if value is None else f"{round(value, 2) + 0.0:{sign}.2f}".replace("-", "−")  # + 0.0: no −0.00
+    return "" if value is None else fixed(value, sign).replace("-", "−")
 
 
 def pair(values: tuple[float, float], sign: str = "") -> str:
