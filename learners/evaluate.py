@@ -26,7 +26,7 @@ from models.sizes import known_size
 from utils.checkpoint import METRICS, RunFolder, RunFolderError, check_settings
 from utils.config import Config, ConfigError
 from utils.logging import setup_logging
-from utils.metrics import AccuracyMatrix, summary_table
+from utils.metrics import measure, summary_table
 from utils.parallel import build_parallel, is_main_process
 
 _log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def _evaluate_again(config: Config) -> int:
         for role, row in rows.items():
             matrices[role].append(row)
     run.data.close()
-    measured = {role: AccuracyMatrix(rows).to_dict() for role, rows in matrices.items()}
+    measured = {role: measure(rows) for role, rows in matrices.items()}
     recorded = folder.read_json(METRICS)
     _log.info("%s", summary_table(measured.get("teacher"), measured["student"]))
     pairs = [(rows, recorded[role]["accuracy_matrix"]) for role, rows in matrices.items()]

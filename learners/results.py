@@ -18,7 +18,7 @@ from models.cdl_checkpoint import find_checkpoint
 from utils.checkpoint import ARGS, ARGS_END, CLASSES, METRICS, RunFolder, RunFolderError, from_bytes, sha256_of
 from utils.config import Config, ConfigError, plain
 from utils.logging import environment, peak_memory_mb
-from utils.metrics import FORMAT, AccuracyMatrix, acc_csv, metrics_json, summary_lines, summary_table
+from utils.metrics import FORMAT, acc_csv, measure, metrics_json, summary_lines, summary_table
 from utils.parallel import Parallel
 
 IMAGES = "images_sha256"  # in classes.json
@@ -70,7 +70,7 @@ class History:
 def build_metrics(config: Config, run: Run, history: History) -> dict[str, Any]:
     """The content of ``metrics.json``: equal results give equal content, without times, folders or versions."""
     settings, stream, defaults = config.result_settings(), run.stream, plain(config.distill.param_defaults)
-    matrices = {role: AccuracyMatrix(rows).to_dict() for role, rows in history.accuracy.items()}
+    matrices = {role: measure(rows) for role, rows in history.accuracy.items()}
     done = len(history.accuracy["student"])
     names = json.dumps(sorted(stream.class_names), ensure_ascii=False)
     return {

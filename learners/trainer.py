@@ -24,7 +24,7 @@ from learners.teacher_cache import TeacherCache
 from utils.checkpoint import RunFolder, to_bytes
 from utils.config import Config
 from utils.logging import Progress
-from utils.metrics import AccuracyMatrix
+from utils.metrics import measure
 
 EVALUATION = "evaluation"
 
@@ -190,10 +190,10 @@ class Trainer:
         self.history.add_evaluation(here.task, rows, usage)
         self.history.add_time(here.task, EVALUATION, seconds, self.data.waited - waited, images)
         for role, row in rows.items():
-            matrix = AccuracyMatrix(self.history.accuracy[role])
-            mean = matrix.final_average_accuracy
+            measured = measure(self.history.accuracy[role])
+            mean = measured["final_average_accuracy"]
             _log.info("After task %d/%d the %s's accuracy is %.2f %%", here.task + 1, self.run.num_tasks, role, mean)
-            numbers = {f"{role}/average accuracy": mean, f"{role}/forgetting": matrix.forgetting}
+            numbers = {f"{role}/average accuracy": mean, f"{role}/forgetting": measured["forgetting"]}
             numbers |= {f"{role}, accuracy by task/{past}": value for past, value in enumerate(row, 1)}
             self.track("task", here.task + 1, numbers)
         if self.folder is not None:

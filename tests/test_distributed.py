@@ -15,9 +15,9 @@ import run
 from learners import check
 from tests import runs
 from tests.processes import ROOT, Group
+from utils import parallel
 from utils.checkpoint import open_run
 from utils.config import Config, parse_config
-from utils.parallel import build_parallel
 
 LONGER = ("--schedule", "10")
 
@@ -178,7 +178,7 @@ def test_stopped_run_resumes_with_another_number_of_processes(first, then, confi
 
 
 def train_impatiently(command_line):
-    build_parallel.__kwdefaults__["timeout_s"] = 10
+    parallel.TIMEOUT_S = 10
     train(command_line)
 
 

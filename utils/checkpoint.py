@@ -197,10 +197,7 @@ def check_settings(config: Config, *, resume: bool = True) -> None:
 
 
 def differing_settings(config: Config) -> dict[str, tuple[object, object]]:
-    """Settings that affect results and differ: key -> (value of the run in the folder, value in ``config``).
-
-    Weights that have only moved do not differ.
-    """
+    """Settings that affect results and differ, not weights that only moved: key -> (the run's value, ``config``'s)."""
     folder = RunFolder(config.log_dir)
     if not folder.has_run:
         return {}

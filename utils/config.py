@@ -120,6 +120,7 @@ def many(item: Type, allowed: str, holds: Callable[[tuple], bool]) -> Type:
     return Type(allowed.format(item.allowed), item.metavar, item.parse, True, holds)
 
 
+_SCHEMES = ("http://", "https://", "file://")  # which urllib opens
 _WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 SWITCH = Type("0 or 1", "0|1", lambda item: _WORDS.get(str(item).lower()), alone=True)
 FRACTION = real("a number from 0 to 1", lambda number: 0 <= number <= 1)
@@ -129,13 +130,9 @@ TEMPERATURE = real("a number above 0, from 1e-6 to 1e6", lambda number: 1e-6 <= 
 NOT_NEGATIVE = real("a number of at least 0", lambda number: number >= 0)
 BELOW_ONE = real("a number of at least 0 and below 1", lambda number: 0 <= number < 1)
 SHARE = real("a number above 0 and of at most 1", lambda number: 0 < number <= 1)
-ADDRESS = text(
-    "an http(s):// or file:// address",
-    "URL",
-    lambda word: word if word.startswith(("http://", "https://", "file://")) else None,
-)
 SEVERAL, TWO = "one number or more, each {}", "2 numbers, each {}"
 NUMBERS = many(real(), SEVERAL, bool)._replace(alone=())
+URL = text("an http(s):// or file:// address", "URL", lambda word: word if word.startswith(_SCHEMES) else None)
 EPOCHS = many(whole(1), SEVERAL + ", increasing", lambda values: [*values] == sorted(set(values)))
 GPUS = many(whole(0, special=-1), SEVERAL + ", no two equal", lambda values: len(set(values)) == len(values))
 PAIR = many(whole(1), TWO, lambda values: len(values) == 2)
@@ -192,10 +189,8 @@ def option(default: Any, *args: Any, **more: Any) -> Any:
     return field(default=default, metadata={"option": Option(default, *args, **more)})
 
 
-neutral = functools.partial(option, affects_results=False)
-"""An :func:`option` that changes how a run proceeds, but not its results."""
-flag = functools.partial(option, affects_results=False, in_yaml=False)
-"""An :func:`option` of the command line alone."""
+neutral = functools.partial(option, affects_results=False)  # changes how a run proceeds, but not its results
+flag = functools.partial(option, affects_results=False, in_yaml=False)  # of the command line alone
 
 USE, RUN, METHOD, MODELS, DATA = "Actions, instead of training", "Run", "Method", "Models", "Data"
 TRAINING, DEVICES, LOGGING = "Training", "Devices", "Logging"
@@ -203,9 +198,8 @@ IGNORED = "Without effect, accepted from the original's command lines and files"
 _GROUPS = (USE, RUN, DATA, METHOD, MODELS, TRAINING, DEVICES, LOGGING, IGNORED)
 _REQUIRED = ("dataset", "schedule")
 # What everybody types -> option.
-SYNONYMS = {"epochs": "schedule", "seed": "random_s", "learning_rate": "lr", "gpus": "gpuid"}
+SYNONYMS = {"epochs": "schedule", "seed": "random_s", "learning_rate": "lr", "gpus": "gpuid", "student": "s_model"}
 SYNONYMS |= {"output_dir": "log_dir", "alpha": "kd_alpha", "temperature": "Soft_T", "data_dir": "dataroot"}
-SYNONYMS |= {"student": "s_model"}
 # An args.yaml says these of the machine and the start of its run; they mean nothing to the use of its models.
 _ONLY_FOR_TRAINING = ("gpuid", "device", "init_from")
 _LARGEST_FILE = 1 << 15  # a configuration has 2 KiB; PyYAML takes seconds for megabytes
@@ -245,7 +239,7 @@ class DataConfig:
 
     dataset: str | None = option(None, text("a data set"), DATA, "data set", paper="CIFAR100 and ImageNet_R")
     dataroot: Path = neutral(Path("data"), path("a folder"), DATA, "folder of the data sets (not used by Icon_R)")
-    data_url: str | None = neutral(None, ADDRESS, DATA, "where to download from; default: its own")
+    data_url: str | None = neutral(None, URL, DATA, "where to download from; default: its own")
     first_split_size: int | None = option(
         None, whole(1), DATA, "classes of the first task; default: as the others", paper=_PAPER_SPLIT
     )
@@ -392,8 +386,7 @@ class Config:
 
     def result_settings(self) -> dict[str, Any]:
         """The part of :meth:`to_yaml_dict` that decides the results: no folders, devices or logging."""
-        settings = self.to_yaml_dict()
-        return {key: settings[key] for key, each in OPTIONS.items() if each.affects_results}
+        return {key: plain(each.value(self)) for key, each in OPTIONS.items() if each.affects_results}
 
     def changes(self, theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Settings that affect results and differ: key -> (another run's value, this one's).
@@ -510,10 +503,7 @@ def _suggestion(name: str, keys: Collection[str]) -> str | None:
 
 
 def _read_yaml(file: Path, parsed: Parsed, saved: bool) -> bool:
-    """Read a YAML file into ``parsed`` and return whether that was possible.
-
-    A file ``saved`` by a run may come from a machine with other devices and folders, so these are left out.
-    """
+    """Read a YAML file, which a run may have ``saved``, into ``parsed``; returns whether that was possible."""
     try:
         settings = load_yaml(file)
     except ValueError as error:
@@ -577,13 +567,10 @@ def _missing_problems(parsed: Parsed, file: Path | None) -> list[str]:
         return []  # which settings it needs depends on what is to be done
     needed = _REQUIRED[:1] if config.action == "check_data" else _REQUIRED
     missing = [key for key in needed if OPTIONS[key].value(config) is None and key not in invalid]
-    problems = []
-    if missing and file is not None:
-        problems += [f"{key} is missing: set it in {file} or give --{key}" for key in missing]
-    elif missing and config.action not in _ON_A_RUN:
-        flags = ", ".join(f"--{key}" for key in missing)
-        problems.append(f"--config is missing: give a YAML file, such as configs/icon-r_prompt.yaml (or {flags})")
-    return problems
+    if not missing or file is not None:
+        return [f"{key} is missing: set it in {file} or give --{key}" for key in missing]
+    flags = ", ".join(f"--{key}" for key in missing)
+    return [f"--config is missing: give a YAML file, such as configs/icon-r_prompt.yaml (or {flags})"]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -23,54 +23,34 @@ MEASURES = {
 }
 
 
-class AccuracyMatrix:
-    """The lower triangle a[i][j] of one model, given by its rows, and every measure made from it."""
+def measure(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The accuracy matrix of one model, of at least one row, and its measures, under their names in metrics.json.
 
-    def __init__(self, rows: Sequence[Sequence[float]]) -> None:
-        if [len(row) for row in rows] != [*range(1, len(rows) + 1)]:
-            raise ValueError("the accuracy matrix is no triangle")
-        self.rows = rows
+    - average_accuracy: acc_i = mean over j ≤ i of a[i][j], one value per task done, in %.
+    - final_average_accuracy: acc_i after the last task done, in %.
+    - average_incremental_accuracy: mean of acc_i over the tasks done, in % (Rebuffi et al. 2017, iCaRL).
+    - forgetting: the original's, Σ_j (a[j][j] − a[T][j]) / T, in points: the last task's 0 counts.
+    - forgetting_max: the usual one, in points (Chaudhry et al. 2018, eq. 3): the best accuracy that a task had before
+      the last one was learned, minus its accuracy now, averaged over all tasks but the last; 0.0 after a single task.
+    - backward_transfer: mean of a[T][j] − a[j][j] over the same tasks, in points (Lopez-Paz and Ranzato 2017), or 0.0.
 
-    @property
-    def average_accuracy(self) -> list[float]:
-        """acc_i = mean over j ≤ i of a[i][j], one value per task done, in %."""
-        return [statistics.fmean(row) for row in self.rows]
-
-    @property
-    def final_average_accuracy(self) -> float:
-        """acc_i after the last task done, in %."""
-        return statistics.fmean(self.rows[-1])
-
-    @property
-    def average_incremental_accuracy(self) -> float:
-        """Mean of acc_i over the tasks done, in % (Rebuffi et al. 2017, iCaRL)."""
-        return statistics.fmean(self.average_accuracy)
-
-    @property
-    def forgetting(self) -> float:
-        """The original's forgetting, Σ_j (a[j][j] − a[T][j]) / T, in points: the last task's 0 counts."""
-        return statistics.fmean(self.rows[j][j] - now for j, now in enumerate(self.rows[-1]))
-
-    @property
-    def forgetting_max(self) -> float:
-        """The usual forgetting, in points (Chaudhry et al. 2018, eq. 3).
-
-        The best accuracy that a task had before the last one was learned, minus its accuracy now, averaged over all
-        tasks but the last; 0.0 after a single task.
-        """
-        *before, last = self.rows
-        return statistics.fmean([max(row[j] for row in before[j:]) - last[j] for j in range(len(before))] or [0.0])
-
-    @property
-    def backward_transfer(self) -> float:
-        """Mean of a[T][j] − a[j][j] over all tasks but the last, in points (Lopez-Paz and Ranzato 2017), or 0.0."""
-        *before, last = self.rows
-        return statistics.fmean([last[j] - row[j] for j, row in enumerate(before)] or [0.0])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The matrix and all measures under their names in metrics.json; at least one row must be there."""
-        measures = {name: getattr(self, name) for name in ("average_accuracy", *MEASURES)}
-        return {"accuracy_matrix": [list(row) for row in self.rows], **measures}
+    Raises ValueError for rows that are no triangle.
+    """
+    if [len(row) for row in rows] != [*range(1, len(rows) + 1)]:
+        raise ValueError("the accuracy matrix is no triangle")
+    *before, last = rows
+    average = [statistics.fmean(row) for row in rows]
+    lost = [max(row[j] for row in before[j:]) - last[j] for j in range(len(before))]
+    gained = [last[j] - row[j] for j, row in enumerate(before)]
+    return {
+        "accuracy_matrix": [list(row) for row in rows],
+        "average_accuracy": average,
+        "final_average_accuracy": average[-1],
+        "average_incremental_accuracy": statistics.fmean(average),
+        "forgetting": statistics.fmean(row[-1] - now for row, now in zip(rows, last, strict=True)),
+        "forgetting_max": statistics.fmean(lost or [0.0]),
+        "backward_transfer": statistics.fmean(gained or [0.0]),
+    }
 
 
 def metrics_json(metrics: Mapping[str, Any]) -> str:
@@ -124,10 +104,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def aggregate(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Every measure over several seeds: measure -> ``{"mean": float, "std": float | None, "n": int, "values": [...]}``.
-
-    ``models`` holds the teacher's or the student's part of metrics.json, one per seed.
-    """
+    """Measures of one model per seed: name -> ``{"mean": float, "std": float | None, "n": int, "values": [...]}``."""
     summary = {}
     for name in MEASURES:
         values = [model[name] for model in models]

@@ -6,11 +6,11 @@ over all rows of the global batch, counts are sums.
 
 import contextlib
 import copy
-import datetime
 import inspect
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -166,16 +166,14 @@ class _Replicas(DataParallel):
 class Distributed(Parallel):
     """One process of a ``torchrun`` group: DistributedDataParallel, nccl on GPUs and gloo on CPUs.
 
-    The first object joins the group, since a process can join only once; :func:`leave_group` leaves it. An exchange
-    between processes without an answer ends with an error after ``timeout_s`` seconds.
+    The first object joins the group, since a process can join only once; :func:`leave_group` leaves it.
     """
 
-    def __init__(self, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         if not torch.distributed.is_initialized():
             backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-            timeout = datetime.timedelta(seconds=timeout_s)
-            torch.distributed.init_process_group(backend, timeout=timeout, device_id=device_id)
+            torch.distributed.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S), device_id=device_id)
         self.rank = torch.distributed.get_rank()
         self.world_size = torch.distributed.get_world_size()
 
@@ -223,8 +221,7 @@ def leave_group() -> None:
 
 
 def lost_process(error: RuntimeError) -> bool:
-    """Whether an error in a group says that another process is gone or does not answer."""
-    # gloo's errors have no type of their own.
+    """Whether an error in a group says that another process is gone or does not answer; gloo's have no own type."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
@@ -260,16 +257,14 @@ def cuda_problem(gpus: Sequence[int]) -> str | None:
     return None
 
 
-def build_parallel(
-    device: str | None, gpuids: Sequence[int] | None, *, alone: bool = False, timeout_s: float = TIMEOUT_S
-) -> Parallel:
+def build_parallel(device: str | None, gpuids: Sequence[int] | None, *, alone: bool = False) -> Parallel:
     """torchrun's processes, several GPUs or one device, by the environment and the flags; ``alone`` joins no group."""
     in_group = "RANK" in os.environ and not alone
     chosen = choose_device(device, gpuids, int(os.environ.get("LOCAL_RANK", "0")) if in_group else None)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # else code that names no GPU, such as the pinning thread, occupies GPU 0
     if in_group:
-        return Distributed(chosen, timeout_s)
+        return Distributed(chosen)
     if chosen.type == "cuda" and gpuids and len(gpuids) > 1:
         return SeveralGPUs(gpuids)
     return Parallel(chosen)

@@ -54,10 +54,7 @@ _METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": Non
 
 
 def draw(metrics: Mapping[str, Any]) -> dict[str, bytes]:
-    """The pictures of one run, from the content of metrics.json, each as PNG and as PDF.
-
-    accuracy and accuracy_matrix; losses and prompt_usage where there is something to show.
-    """
+    """The pictures of one run that have something to show, as PNG and as PDF, from the content of metrics.json."""
     curves = {role: [metrics[role]["average_accuracy"]] for role in _roles(metrics)}
     figures = {
         "accuracy": (draw_curves, _title(metrics), curves, metrics["num_tasks"]),
@@ -78,10 +75,7 @@ def draw_repeat(runs: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
 
 
 def accuracy_limits(curves: Iterable[Sequence[float]]) -> tuple[float, float]:
-    """A range (%) that holds all curves: at least 10 points, so that noise does not look like a trend.
-
-    It ends slightly beyond 0 and 100, so that a marker on the edge is whole.
-    """
+    """A range (%) of at least 10 points, less being noise, that holds all curves and the markers at 0 and 100."""
     values = [value for curve in curves for value in curve]
     middle, half = (min(values) + max(values)) / 2, max(5.0, 0.58 * (max(values) - min(values)))
     return max(middle - half, -1.0), min(middle + half, 101.0)
@@ -265,10 +259,7 @@ def _prompt_usage(metrics: Mapping[str, Any]) -> Figure:
 
 
 def _earlier(rows: Sequence[Sequence[float]], per_task: int) -> list[float]:
-    """The share (%) of each task's row that is in the ``per_task`` entries of each earlier task.
-
-    With 0, in those that are not 0 in an earlier row.
-    """
+    """For each task the share (%) of its row in the ``per_task`` entries of each earlier one; 0: in those in use."""
     used, shares = set(), []
     for task, row in enumerate(rows):
         earlier = row[: task * per_task] if per_task else [row[j] for j in used]

@@ -1,6 +1,6 @@
 """Results of runs that never took place."""
 
-from utils.metrics import FORMAT, AccuracyMatrix
+from utils.metrics import FORMAT, measure
 
 DATA = {"split": "folder", "classes": 4, "class_names_sha256": "a" * 64, "train_images": 28, "test_images": 12}
 SETTINGS = {
@@ -32,8 +32,8 @@ def fake_metrics(
         "num_tasks": num_tasks or len(student),
         "stream_tasks": stream_tasks or num_tasks or len(student),
         "data": data,
-        "teacher": None if teacher is None else AccuracyMatrix(teacher).to_dict(),
-        "student": AccuracyMatrix(student).to_dict(),
+        "teacher": None if teacher is None else measure(teacher),
+        "student": measure(student),
         "losses": losses or {},
         "prompt_usage": prompt_usage or {},
         "prompts_per_task": 1,

@@ -84,7 +84,7 @@ def reduce_and_count(sent: list[int], bucket):
 
 
 def compare_all(cases, tasks, device, without_compiler):
-    where = build_parallel(device, None, timeout_s=120)
+    where = build_parallel(device, None)
 
     def backend(graph, examples):
         if where.rank == without_compiler:
@@ -139,7 +139,7 @@ def test_fp16_gradients_are_as_large_in_several_processes_as_in_one(rank):
 
 def begin_with_other_numbers():
     """The processes draw from other seeds before training begins."""
-    where = build_parallel("cpu", None, timeout_s=60)
+    where = build_parallel("cpu", None)
     learner = build(("DualPrompt", "KD_Token", None), where, seed=1 + where.rank)
     before = learner.student.last.weight.detach().clone()
     training = learner.begin_training("student", small.classes_of(0), WEIGHTS)

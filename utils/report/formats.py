@@ -36,6 +36,7 @@ _CSV_NAMES = "dataset t_model s_model learner_name KD_method kd_prompt_param set
 _CSV_MEASURES = (*((name, "student") for name in MEASURES), ("final_average_accuracy", "teacher"))
 _CSV_OTHERS = "paper_accuracy paper_forgetting difference_accuracy difference_forgetting"
 _CSV_GAINS = "gain_over_none_mean gain_over_none_se gain_over_none_n"
+_FORMULA = ("=", "+", "-", "@", "\t")  # a spreadsheet reads text that starts so as a formula
 _CAPTION = (
     "average accuracy (%) / forgetting (points) of the student, mean ± standard deviation over n seeds; paper: the "
     "authors' project page (arXiv 2407.13911) as of 2026-08-17."
@@ -140,21 +141,20 @@ def _cell(cell: Cell, style: str) -> list[Text]:
 
 
 def _run(run: Run) -> list[list[Text]]:
-    names = [run.folder, run.row.dataset, run.row.models, run.row.learner, run.column, str(run.seed)]
-    tasks = Text(run.progress)
+    names = [run.folder, run.row.dataset, run.row.models, run.row.learner, run.column, str(run.seed), run.progress]
     teacher = run.models["teacher"]["final_average_accuracy"] if "teacher" in run.models else None
     results = [*map(_number, (run.accuracy, run.models["student"]["forgetting"], teacher)), run.time]
     state = Text("unfinished", "mark") if not run.complete else Text("cut (max_task)" if run.cut else "complete")
-    return [[text] for text in (*map(Text, names), tasks, *map(Text, results), state)]
+    return [[text] for text in (*map(Text, [*names, *results]), state)]
 
 
 def _number(value: float | None, sign: str = "") -> str:
     return "" if value is None else fixed(value, sign).replace("-", "−")
 
 
-def pair(values: tuple[float, float] | None, sign: str = "") -> str:
-    """``82.39 / 7.33``; empty for None."""
-    return " / ".join(_number(value, sign) for value in values or ())
+def pair(values: tuple[float, float], sign: str = "") -> str:
+    """``82.39 / 7.33``."""
+    return " / ".join(_number(value, sign) for value in values)
 
 
 def spread(measured: Sequence[float | None] | None, sign: str = "") -> str:
@@ -230,9 +230,8 @@ def csv_text(tables: Mapping[str, Sequence[Line]]) -> str:
                 continue
             method, _, param = column.partition(" ")
             seeds = " ".join(str(run.seed) for run in cell.complete)
-            texts = (*line.row, method, param, line.label, seeds)
-            # A spreadsheet must not read text as a formula.
-            texts = [f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text for text in texts]
+            texts = [*line.row, method, param, line.label, seeds]
+            texts = [f"'{text}" if text.startswith(_FORMULA) else text for text in texts]
             texts += [len(cell.complete), len(cell.unfinished)]
             pairs = [*(cell.measure(*of) for of in _CSV_MEASURES), cell.paper, cell.difference()]
             numbers = [number for values in pairs for number in values or (None, None)]

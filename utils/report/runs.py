@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from utils.config import make_config
 from utils.logging import duration
-from utils.metrics import FORMAT, AccuracyMatrix
+from utils.metrics import FORMAT, measure
 
 TOKEN_METHOD = "KD_Token"  # the KD method to which --kd_prompt_param applies
 _NOT_IN_SETTINGS = {"dataset", "t_model", "s_model", "learner_name", "KD_method", "kd_prompt_param", "kd_param"}
@@ -133,7 +133,7 @@ def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
         seed=int(metrics["seed"]),
         num_tasks=num_tasks,
         stream_tasks=stream_tasks,
-        models={role: AccuracyMatrix(metrics[role]["accuracy_matrix"]).to_dict() for role in roles},
+        models={role: measure(metrics[role]["accuracy_matrix"]) for role in roles},
         time=_time(folder, roles),
         like_the_paper=num_tasks == stream_tasks == 10 and papers_order and papers_test_set,
     )
@@ -142,7 +142,7 @@ def _run(folder: Path, metrics: Mapping[str, Any]) -> Run:
 def _time(folder: Path, roles: Collection[str]) -> str:
     """The run's time from timing.json, which a report can do without; marked if it lacks the teacher's training."""
     try:
-        timing = json.loads((folder / "Results" / "timing.json").read_text(encoding="utf-8"))
+        timing = json.loads((folder / "Results/timing.json").read_text(encoding="utf-8"))
         trained = {training["phase"] for training in timing["phases"]}
         return duration(timing["total_seconds"]) + ("" if trained >= {*roles} else " (student only)")
     except (OSError, ValueError, LookupError, TypeError):

@@ -97,9 +97,9 @@ class Line:
         Only columns with the most seeds take part: a lucky single seed does not make a method better.
         """
         seeds = max(len(cell.complete) for cell in self.cells.values())
-        columns = [column for column, cell in self.cells.items() if len(cell.complete) == seeds > 0]
-        means = {column: statistics.fmean(run.accuracy for run in self.cells[column].complete) for column in columns}
-        return max(columns, key=means.get) if len(columns) > 1 else None
+        cells = {column: cell for column, cell in self.cells.items() if len(cell.complete) == seeds > 0}
+        means = {column: cell.measure("final_average_accuracy")[0] for column, cell in cells.items()}
+        return max(means, key=means.get) if len(means) > 1 else None
 
     def gains(self) -> dict[str, tuple[float, float | None, int]]:
         """Mean, standard error and number of the differences to the runs of the same seeds without distillation."""
@@ -124,7 +124,6 @@ class Line:
 def build_tables(runs: Sequence[Run]) -> dict[str, list[Line]]:
     """The table of each data set, in the paper's layout and with all its rows; its lines have the same columns."""
     paper = paper_numbers()
-    order = list(paper)
     lines: dict[tuple[Row, str], dict[str, Cell]] = defaultdict(lambda: defaultdict(Cell))
     for run in sorted(runs, key=lambda run: run.seed):
         cell = lines[run.row, run.settings][run.column]
@@ -135,7 +134,7 @@ def build_tables(runs: Sequence[Run]) -> dict[str, list[Line]]:
             for column, numbers in paper[row].items():
                 lines[key][column].paper = numbers
     tables: dict[str, list[Line]] = defaultdict(list)
-    for row, settings in sorted(lines, key=lambda key: (order.index(key[0]) if key[0] in paper else len(order), key)):
+    for row, settings in sorted(lines, key=lambda key: ([*paper, key[0]].index(key[0]), key)):
         columns = {*METHODS, *(column for key in lines if key[0].dataset == row.dataset for column in lines[key])}
         cells = {column: lines[row, settings][column] for column in sorted(columns, key=_column_order)}
         label = _label(settings, [others for other, others in lines if other == row])
@@ -145,23 +144,18 @@ def build_tables(runs: Sequence[Run]) -> dict[str, list[Line]]:
 
 def _column_order(column: str) -> tuple[int, int, str]:
     """Sort columns as the paper does, KD_Token by its parameters; methods that it does not have come last."""
-    known = (*METHODS, TOKEN_METHOD)
     method = column.split(" ")[0]
-    return known.index(method) if method in known else len(known), len(column), column
+    return [*METHODS, TOKEN_METHOD, method].index(method), len(column), column
 
 
 def shared_settings(lines: Sequence[Line]) -> str:
     """The settings of all runs that are no defaults, where all lines of a table share them."""
-    all_settings = [json.loads(run.settings) for line in lines for run in line.runs]
+    own, *others = [json.loads(run.settings) for line in lines for run in line.runs]
+    own.pop("class_names_sha256", None)
     default = make_config({}).result_settings()
-    shared = {
-        key: value
-        for key, value in sorted(all_settings[0].items())
-        if value != default.get(key)
-        and key != "class_names_sha256"
-        and all(of.get(key) == value for of in all_settings)
-    }
-    return f"All runs: {', '.join(f'{key} {value}' for key, value in shared.items())}; other settings are the defaults."
+    changed = {key: value for key, value in sorted(own.items()) if value != default.get(key)}
+    shared = [f"{key} {value}" for key, value in changed.items() if all(of.get(key) == value for of in others)]
+    return f"All runs: {', '.join(shared)}; other settings are the defaults."
 
 
 def _label(settings: str, of_lines: Sequence[str]) -> str:
