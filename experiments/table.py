@@ -22,7 +22,7 @@ from utils.report.runs import Run, find_runs
 from utils.report.table import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 3.0  # points of accuracy that rounding on another machine may cost or win: about three seeds' deviations
+LIMIT = 3.0  # points of accuracy by which rounding on another machine may change a run; seeds rarely differ by more
 LEARNERS = {"CODAPrompt": [], "DualPrompt": [], "L2P": [], "APT": ["--ema_coeff", "0.7"]}  # flags as in the paper
 PAPER = {"kd": [*METHODS, "KD_Token:1,6", "KD_Token:12,6"], "pairs": ["base-small", "large-base"]}
 # A student of width 96 has no more than 96 orthogonal components, and four blocks.
