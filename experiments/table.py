@@ -10,6 +10,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for python experiments/table.py
+
 from dataloaders.loader import require_images
 from dataloaders.tasks import build_stream
 from learners.build import load_backbones
@@ -21,7 +24,6 @@ from utils.logging import duration, setup_logging
 from utils.report.runs import Run, find_runs
 from utils.report.table import METHODS
 
-ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 3.0  # points of accuracy by which rounding on another machine may change a run; seeds rarely differ by more
 LEARNERS = {"CODAPrompt": [], "DualPrompt": [], "L2P": [], "APT": ["--ema_coeff", "0.7"]}  # flags as in the paper
 PAPER = {"kd": [*METHODS, "KD_Token:1,6", "KD_Token:12,6"], "pairs": ["base-small", "large-base"]}
@@ -196,7 +198,7 @@ def main(argv: list[str]) -> int:
             stopped.set()
     # From the folder of the runs, so that the report names them relative to it.
     command = [sys.executable, "-m", "utils.report", ".", "--out", "report"]
-    code = subprocess.run(command, cwd=options.out, check=False).returncode
+    code = subprocess.run(command, cwd=options.out, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False).returncode
     if stopped.is_set() or code:
         return 1
     return int(not compare(find_runs([options.out])[0], options.kept)) if options.check else 0

@@ -22,5 +22,4 @@
 set -eu
 . "$(dirname -- "$0")/_setup.sh"
 set_up
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 exec "$PYTHON" -u "$root/experiments/table.py" "$@"

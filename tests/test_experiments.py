@@ -172,7 +172,7 @@ def test_table_shares_teachers_and_stops_at_a_failure(monkeypatch, capsys, tmp_p
     assert f"{folders[1]} stopped with exit code 137: run the same command again to resume" in output.err
 
 
-def test_table(tmp_path, monkeypatch, capsys):
+def test_table(tmp_path, capsys):
     out, kept = tmp_path / "table", tmp_path / "kept"
     command = f"icon-r --learners L2P --kd none KD --jobs 2 --check {kept} --out {out} -- --max_task 1".split()
     command += "--first_split_size 5 --other_split_size 5 --schedule".split()
@@ -181,7 +181,6 @@ def test_table(tmp_path, monkeypatch, capsys):
     done = call(ROOT / "experiments/table.sh", *command, "1", VIRTUAL_ENV=sys.prefix)
     assert done.returncode == 1 and done.stdout.count(": accuracy ") == 2 and "Task" not in done.stdout, done
     assert done.stdout.count("no run with these settings") == 2 and (out / "report/report.html").exists()
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for name, lower, code, says in (("none", 0, 1, "equals the kept"), ("KD", 2, 0, ": +2.0"), ("KD", 4, 1, ": +4.0")):
         metrics = json.loads((out / f"mini/L2P/{name}/seed-1/Results/metrics.json").read_text())
         metrics["student"]["accuracy_matrix"][0][0] -= lower
