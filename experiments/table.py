@@ -198,7 +198,8 @@ def main(argv: list[str]) -> int:
             stopped.set()
     # From the folder of the runs, so that the report names them relative to it.
     command = [sys.executable, "-m", "utils.report", ".", "--out", "report"]
-    code = subprocess.run(command, cwd=options.out, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False).returncode
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    code = subprocess.run(command, cwd=options.out, env=os.environ | {"PYTHONPATH": paths}, check=False).returncode
     if stopped.is_set() or code:
         return 1
     return int(not compare(find_runs([options.out])[0], options.kept)) if options.check else 0
