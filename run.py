@@ -52,7 +52,7 @@ def cli() -> NoReturn:
     try:
         code = main()
     except Exception:  # a bug: into the log, too
-        logging.getLogger(__name__).exception("run.py has met an error that it does not know")
+        logging.getLogger(__name__).exception("run.py stopped on an unexpected error")
         code = 1
     if "RANK" not in os.environ:
         sys.exit(code)

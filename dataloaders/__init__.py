@@ -9,8 +9,8 @@ from utils.registry import Entry, Registry
 DATASETS: Registry[Entry] = Registry(
     "data set",
     {
-        "CIFAR100": Entry("dataloaders.cifar:CIFAR100", "60,000 32x32 photographs; downloads itself"),
-        "CIFAR10": Entry("dataloaders.cifar:CIFAR10", "60,000 32x32 photographs; downloads itself"),
+        "CIFAR100": Entry("dataloaders.cifar:CIFAR100", "60,000 32x32 photographs; downloaded on demand"),
+        "CIFAR10": Entry("dataloaders.cifar:CIFAR10", "60,000 32x32 photographs; downloaded on demand"),
         "ImageNet_R": Entry(
             "dataloaders.imagenet_r:ImageNetR", "30,000 renditions of 200 classes; folder imagenet-r in dataroot"
         ),

@@ -75,7 +75,7 @@ class ImageNetR(FileSource):
         local = SPLITS_DIR / name
         if local.is_file():
             if not CHECKSUMS[name].matches(local):
-                _log.warning("%s is not the authors' file (its SHA-256 differs); it is used as it is", local)
+                _log.warning("%s is not the authors' file (its SHA-256 differs); it is used anyway", local)
             return local
         fetch(mirrored(SPLITS_URL + name, self.data_url), self.root / name, CHECKSUMS[name], progress=self.progress)
         return self.root / name
@@ -109,7 +109,7 @@ def _read_split(file: Path) -> FileList:
             if len(parts := path.split("/")) != 3 or {"", ".", ".."} & set(parts):
                 raise ValueError(f"unexpected path {path}")  # it might lead elsewhere
         if strange := [label for label in content["targets"] if type(label) is not int]:
-            raise ValueError(f"the label {strange[0]} is no whole number")
+            raise ValueError(f"the label {strange[0]} is not a whole number")
         return list(zip(paths, content["targets"], strict=True))
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())

@@ -128,15 +128,15 @@ def set_precision(precision: str) -> None:
 
 
 class BlockCompiler:
-    """The blocks of all backbones under ``torch.compile``; if that fails, this and all later calls run as they are.
+    """The blocks of all backbones under ``torch.compile``; if that fails, this and all later calls run without it.
 
     Not whole steps, as pools and classes change with the task: all graphs are made in the first one. Batches of other
-    than ``batch_sizes``, the rest of a test set, run as they are.
+    sizes than ``batch_sizes``, the rest of a test set, run uncompiled.
     """
 
     def __init__(self, batch_sizes: Collection[int], backend: str | Callable = "inductor") -> None:
         self.batch_sizes = batch_sizes
-        self.failed = False  # a compiler is lacking, mostly
+        self.failed = False  # mostly because there is no compiler
         # A graph for each kind of block, prompts, gradient and batch: torch stops compiling at 8. Only these names
         # work in all supported versions.
         torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 10_000
@@ -147,10 +147,10 @@ class BlockCompiler:
         if not self.failed and len(tokens) in self.batch_sizes:
             try:
                 return self._compiled(block, tokens, *inputs)
-            except TorchDynamoException as error:  # an error of the block itself comes as it is
+            except TorchDynamoException as error:  # an error of the block itself is raised unchanged
                 self.failed = True
                 while (cause := getattr(error, "inner_exception", None)) is not None:
                     error = cause
                 reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-                _log.warning("--compile is left out from here on, as torch.compile fails: %s", reason)
+                _log.warning("continuing without --compile, because torch.compile fails: %s", reason)
         return run_block(block, tokens, *inputs)

@@ -5,7 +5,7 @@ import signal
 
 
 class StoppedError(BaseException):
-    """The run was asked to stop; like KeyboardInterrupt it is no Exception, so that handlers of errors let it pass."""
+    """The run was asked to stop; like KeyboardInterrupt not an Exception, so handlers of errors let it pass."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; the same command resumes from here")

@@ -117,7 +117,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror or 'there is no such file'})") from error
+        raise ConfigError(f"{path} cannot be read ({error.strerror or 'no such file'})") from error
     except Exception as error:  # a damaged file can raise anything
         what = "is damaged, cut short or of another kind of model, or holds Python objects besides tensors"
         way_out = "which are not loaded because that could run code; fetch it again, or save its state dict alone"

@@ -46,7 +46,7 @@ def load_checkpoint(path: Path, role: str) -> dict[str, Tensor]:
     file = find_checkpoint(path, role)
     state = read_state(file)
     if not any(_MODEL.match(key) for key in state):
-        raise ConfigError(f"{file} holds no prompts and no head; it is no checkpoint of a prompted model")
+        raise ConfigError(f"{file} holds no prompts and no head, so it is not a checkpoint of a prompted model")
     wanted = [key for key in state if _MODEL.match(key) or (role == "student" and _KD.match(key))]
     return {key: state[key] for key in wanted}
 

@@ -50,7 +50,7 @@ def name_problem(name: str) -> str | None:
     if architecture not in usable and not former:
         guess = nearest(name, [*OWN_MODELS, *usable])
         hint = f"; did you mean {guess}?" if guess else ""
-        return f"{name!r} is no vision transformer of timm and none of {', '.join(OWN_MODELS)}{hint}"
+        return f"{name!r} is neither a vision transformer of timm nor one of {', '.join(OWN_MODELS)}{hint}"
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if not dot or tag in tags:
         return None

@@ -101,7 +101,7 @@ BAD = [
     # devices
     ("--gpuid 0", "--gpuid 0", "--gpuid -1"),
     ("--gpuid -2", "--gpuid", "-1 or"),
-    ("--gpuid 0 0", "--gpuid", "no two equal"),
+    ("--gpuid 0 0", "--gpuid", "all different"),
     ("--gpuid -1 0", "--gpuid -1 0", "cannot be combined"),
     ("--device cuda", "--device cuda", "--gpuid -1"),
     ("--device cpu --gpuid 0", "--device cpu", "exclude"),
@@ -121,11 +121,11 @@ BAD = [
     # files
     ("--config {tmp}/none.yaml", "none.yaml does not exist"),
     ("--config {root}/configs/icon_r_prompt.yaml", f"did you mean --config {ICON_R}?"),
-    ("--config /dev/zero", "/dev/zero is no regular file", "YAML file"),
+    ("--config /dev/zero", "/dev/zero is not a regular file", "YAML file"),
     (b"", "is empty", "configs/*.yaml"),
     (b"\x89PNG\r\n\x1a\n\0\0", "config.yaml", "YAML file"),
     (b"- lr\n- 1\n", "key: value"),
-    (b"lr: 0.1\nlr: 0.2\n", "'lr' is there twice"),
+    (b"lr: 0.1\nlr: 0.2\n", "'lr' appears twice"),
     (b"random_s: 2024-99-99\n", "not valid YAML"),
     (b"[" * 30000, "not valid YAML"),
     (b"# " + b"x" * 40000, "larger than 32 KiB"),

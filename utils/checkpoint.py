@@ -43,7 +43,7 @@ class RunFolder:
 
     @property
     def has_run(self) -> bool:
-        """Whether a run has started here, be it damaged."""
+        """Whether a run has started here, even if it is damaged now."""
         return os.path.exists(self.root / ARGS) and os.path.exists(self.root / CLASSES)  # also if the name is too long
 
     def write(self, name: str, data: bytes) -> None:
@@ -104,8 +104,8 @@ class RunFolder:
 def open_run(config: Config) -> Iterator[RunFolder]:
     """The run folder ``--log_dir``, locked; an old run in it is moved aside first if ``--overwrite 1`` says so.
 
-    Whatever was not there before is gone again if the run does not start. After a ConfigError (the folder cannot be
-    written, is in use, or holds something else than a run with these settings) nothing in it has changed.
+    Whatever was not there before is removed again if the run does not start. After a ConfigError (the folder cannot be
+    written, is in use, or holds anything other than a run with these settings) nothing in it has changed.
     """
     folder = RunFolder(config.log_dir)
     root = folder.root
@@ -116,7 +116,7 @@ def open_run(config: Config) -> Iterator[RunFolder]:
                 found = [name for name in (ARGS, "Results", "models", "state") if (root / name).exists()]
                 if found and not folder.has_run:
                     what = f"{', '.join(found)}, but not both {ARGS} and {CLASSES}"
-                    reason = "it is no run of this project, or has lost these files"
+                    reason = "it is not a run of this project, or has lost these files"
                     way_out = "choose another log_dir, or move everything in it away"
                     raise ConfigError(f"{root} holds {what}: {reason}; {way_out}")
                 if config.overwrite and folder.has_run:
@@ -265,4 +265,4 @@ def from_bytes(data: bytes) -> Any:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunFolderError(f"no file of tensors ({reason})") from error
+        raise RunFolderError(f"not a file of tensors ({reason})") from error

@@ -134,7 +134,7 @@ SEVERAL, TWO = "one number or more, each {}", "2 numbers, each {}"
 NUMBERS = many(real(), SEVERAL, bool)._replace(alone=())
 URL = text("an http(s):// or file:// address", "URL", lambda word: word if word.startswith(_SCHEMES) else None)
 EPOCHS = many(whole(1), SEVERAL + ", increasing", lambda values: [*values] == sorted(set(values)))
-GPUS = many(whole(0, special=-1), SEVERAL + ", no two equal", lambda values: len(set(values)) == len(values))
+GPUS = many(whole(0, special=-1), SEVERAL + ", all different", lambda values: len(set(values)) == len(values))
 PAIR = many(whole(1), TWO, lambda values: len(values) == 2)
 RANGE = many(SHARE, TWO + ", the smaller first", lambda values: len(values) == 2 and values[0] <= values[1])
 
@@ -197,10 +197,10 @@ TRAINING, DEVICES, LOGGING = "Training", "Devices", "Logging"
 IGNORED = "Without effect, accepted from the original's command lines and files"
 _GROUPS = (USE, RUN, DATA, METHOD, MODELS, TRAINING, DEVICES, LOGGING, IGNORED)
 _REQUIRED = ("dataset", "schedule")
-# What everybody types -> option.
+# What users often type instead -> option.
 SYNONYMS = {"epochs": "schedule", "seed": "random_s", "learning_rate": "lr", "gpus": "gpuid", "student": "s_model"}
 SYNONYMS |= {"output_dir": "log_dir", "alpha": "kd_alpha", "temperature": "Soft_T", "data_dir": "dataroot"}
-# An args.yaml says these of the machine and the start of its run; they mean nothing to the use of its models.
+# In a saved args.yaml these describe the machine and the start of the run; using its models does not need them.
 _ONLY_FOR_TRAINING = ("gpuid", "device", "init_from")
 _LARGEST_FILE = 1 << 15  # a configuration has 2 KiB; PyYAML takes seconds for megabytes
 _PAPER_SPLIT = "10 for CIFAR-100, 20 for ImageNet-R"
@@ -228,7 +228,7 @@ class DistillConfig:
     )
     temperature: float = option(2.0, TEMPERATURE, METHOD, "temperature of the softened logits", key="Soft_T", paper="2")
     param: Mapping[str, Any] | None = option(
-        None, PARAMETERS, METHOD, "parameters of the KD method's own; default: those below", key="kd_param"
+        None, PARAMETERS, METHOD, "parameters of the KD method itself; default: those below", key="kd_param"
     )
     param_defaults: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of all parameters of the method
 
@@ -241,7 +241,7 @@ class DataConfig:
     dataroot: Path = neutral(Path("data"), path("a folder"), DATA, "folder of the data sets (not used by Icon_R)")
     data_url: str | None = neutral(None, URL, DATA, "where to download from; default: its own")
     first_split_size: int | None = option(
-        None, whole(1), DATA, "classes of the first task; default: as the others", paper=_PAPER_SPLIT
+        None, whole(1), DATA, "classes of the first task; default: as in the others", paper=_PAPER_SPLIT
     )
     other_split_size: int | None = option(
         None, whole(1), DATA, "classes of each other task; without either, 10 equal tasks or fewer", paper=_PAPER_SPLIT
@@ -308,7 +308,7 @@ class Config:
     ema_coeff: float = option(0.5, FRACTION, METHOD, "APT: weight of the prompts merged before", paper="0.7")
     distill: DistillConfig = DistillConfig()
     aux_loss_scale: float = option(
-        1.0, NOT_NEGATIVE, METHOD, "factor of prompt and feature losses", paper="2, as its two GPUs added them up"
+        1.0, NOT_NEGATIVE, METHOD, "factor of prompt and feature losses", paper="2, since its two GPUs sum them"
     )
 
     teacher_model: str = option(
@@ -324,7 +324,7 @@ class Config:
         None, path("a file"), MODELS, "student's weights; default: its own", key="s_weights"
     )
     normalize: str = option(
-        "none", choice("none", "model"), MODELS, "normalise images: not, or as each model was trained", paper="none"
+        "none", choice("none", "model"), MODELS, "normalise images: no, or as each model was trained", paper="none"
     )
     teacher_from: Path | None = flag(
         None, path("a folder"), MODELS, "log_dir of a run with another KD method, whose trained teachers to use"
@@ -340,7 +340,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
 
     gpuid: tuple[int, ...] | None = neutral(
-        None, GPUS, DEVICES, "GPUs to use; -1: the CPU; default: GPU 0, without one the CPU", paper="0 1, two GPUs"
+        None, GPUS, DEVICES, "GPUs to use; -1: the CPU; default: GPU 0, or the CPU without one", paper="0 1, two GPUs"
     )
     device: str | None = neutral(
         None, choice("cpu", "cuda", "mps"), DEVICES, "kind of device, instead of --gpuid; default: what --gpuid says"
@@ -354,15 +354,15 @@ class Config:
     no_progress: bool = neutral(False, SWITCH, LOGGING, "plain lines instead of progress bars")
     tensorboard: bool = neutral(False, SWITCH, LOGGING, "also write TensorBoard files to log_dir/tensorboard")
     wandb: bool = neutral(False, SWITCH, LOGGING, "also send the same numbers to Weights & Biases")
-    log_interval: int = neutral(10, whole(1), LOGGING, "steps between two readings of the losses")
+    log_interval: int = neutral(10, whole(1), LOGGING, "steps between readings of the losses")
 
     export: Path | None = flag(None, path("a file .safetensors or .pt2"), USE, "write log_dir's student to this file")
     predict: tuple[Path, ...] = flag(
-        (), path("images or folders of images", many=True), USE, "name what these show, with the student of --log_dir"
+        (), path("images or folders of images", many=True), USE, "classify these with the student of --log_dir"
     )
     check_data: bool = flag(False, SWITCH, USE, "only check every image of the data set")
     eval_only: bool = flag(False, SWITCH, USE, "only evaluate the saved models of --log_dir again")
-    top: int = flag(5, whole(1), USE, "how many classes --predict names")
+    top: int = flag(5, whole(1), USE, "how many classes --predict prints")
 
     @property
     def actions(self) -> tuple[str, ...]:
@@ -448,7 +448,7 @@ class Parsed(NamedTuple):
     invalid_keys: set[str]
 
     def read(self, each: Option, label: str, words: Sequence[object]) -> None:
-        """Read an option that messages call ``label``; a flag, which is read first, beats the file."""
+        """Read an option that messages call ``label``; a flag, which is read first, overrides the file."""
         try:
             self.values.setdefault(each.key, each.type.read(words))
         except ValueError as error:
@@ -530,7 +530,7 @@ def load_yaml(file: Path) -> dict[Any, Any]:
 
     try:
         if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe could be waited for without end
-            raise ValueError(f"{file} is no regular file; --config needs a YAML file")
+            raise ValueError(f"{file} is not a regular file; --config needs a YAML file")
         with open(file, "rb") as opened:
             data = opened.read(_LARGEST_FILE + 1)
     except FileNotFoundError as error:
@@ -541,19 +541,19 @@ def load_yaml(file: Path) -> dict[Any, Any]:
         what = "is a folder" if isinstance(error, IsADirectoryError) else f"cannot be read ({error.strerror})"
         raise ValueError(f"{file} {what}; --config needs a YAML file") from error
     if len(data) > _LARGEST_FILE:
-        raise ValueError(f"{file} is larger than 32 KiB, so it is no configuration; --config needs a YAML file")
+        raise ValueError(f"{file} is larger than 32 KiB, too large for a configuration; --config needs a YAML file")
     try:
         text = data.decode("utf-8-sig")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         keys = Counter(str(key.value) for key, _ in root.value) if isinstance(root, yaml.MappingNode) else Counter()
         if twice := [key for key, times in keys.items() if times > 1]:  # PyYAML would take the last one
-            raise ValueError(f"the key {_show(twice[0])} is there twice")
+            raise ValueError(f"the key {_show(twice[0])} appears twice")
         settings = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError also for no text or an impossible date
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         reason = f"line {mark.line + 1}: {reason}" if mark else reason
-        raise ValueError(f"{file} is not valid YAML ({reason}); mend it or copy a YAML file of configs/") from error
+        raise ValueError(f"{file} is not valid YAML ({reason}); fix it or copy a YAML file from configs/") from error
     if not isinstance(settings, dict):
         what = "is empty" if settings is None else "must hold lines 'key: value'"
         raise ValueError(f"{file} {what}; copy one of configs/*.yaml")
@@ -586,10 +586,10 @@ _DESCRIPTION = """Continual distillation learning: a frozen ViT teacher and stud
   python run.py --config configs/folder.yaml --dataroot PHOTOS --log_dir outputs/photos   # on images of your own
   python run.py --predict PICTURE.jpg --log_dir outputs/photos                            # use the student
 
-Every flag is also a key of the YAML file, except those marked *. A flag beats the file, the file beats the
-default; what is required may come from either. A flag that takes 0 or 1 means 1 when it has no value (but not
---overwrite). A flag may be shortened as long as no other one begins alike. "paper" is the value of the
-experiments in Zhang, Guo and Xiang (2026), arXiv 2407.13911."""
+Every flag is also a key of the YAML file, except those marked *. A flag overrides the file, and the file
+overrides the default; required settings may come from either. A flag that takes 0 or 1 means 1 when it has no value
+(except --overwrite). A flag may be shortened as long as it remains unambiguous. "paper" is the value in the
+experiments of Zhang, Guo and Xiang (2026), arXiv 2407.13911."""
 
 
 def argument_parser(epilog: str = "", *, for_help: bool = False) -> argparse.ArgumentParser:

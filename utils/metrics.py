@@ -34,10 +34,10 @@ def measure(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
       the last one was learned, minus its accuracy now, averaged over all tasks but the last; 0.0 after a single task.
     - backward_transfer: mean of a[T][j] − a[j][j] over the same tasks, in points (Lopez-Paz and Ranzato 2017), or 0.0.
 
-    Raises ValueError for rows that are no triangle.
+    Raises ValueError for rows that do not form a triangle.
     """
     if [len(row) for row in rows] != [*range(1, len(rows) + 1)]:
-        raise ValueError("the accuracy matrix is no triangle")
+        raise ValueError("the accuracy matrix is not a triangle")
     *before, last = rows
     average = [statistics.fmean(row) for row in rows]
     lost = [max(row[j] for row in before[j:]) - last[j] for j in range(len(before))]

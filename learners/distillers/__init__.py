@@ -1,6 +1,6 @@
 """The KD methods by name: the choices of ``--KD_method`` and what each needs of the two models.
 
-A new method is one line here and one file beside this one. Reading the table imports no torch.
+A new method takes an entry here and a file beside this one. Reading the table imports no torch.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def equal_token_counts(pair: ModelPair) -> str | None:
     if teacher != student:
         have = f"have {teacher} (--t_model) and {student} (--s_model)"
         way_out = "choose models of the same image and patch size, or another KD method"
-        return f"teacher and student must have equally many tokens, but {have}: {way_out}"
+        return f"teacher and student must have the same number of tokens, but {have}: {way_out}"
 
 
 def teacher_at_least_as_deep(pair: ModelPair) -> str | None:
@@ -49,12 +49,12 @@ def kd_prompt_fits(pair: ModelPair) -> str | None:
 
 @dataclass(frozen=True)
 class DistillerEntry(Entry):
-    """One line of the DISTILLERS table.
+    """One entry of the DISTILLERS table.
 
     Attributes:
         requires: what must hold of the models and of ``--kd_prompt_param``; each returns a sentence if it does not.
         needs_teacher: False for a method that trains the student alone.
-        fields: the method's own parameters.
+        fields: the parameters of the method itself.
     """
 
     requires: tuple[Callable[[ModelPair], str | None], ...] = ()

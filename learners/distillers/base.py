@@ -29,12 +29,12 @@ class DistillDims(NamedTuple):
 class Distiller(nn.Module):
     """The student's objective: ``(1 - alpha) * CE + distill + feature``; without a teacher the cross entropy alone.
 
-    As it is, it is KD: soft targets on the class head (Hinton et al. 2015, arXiv 1503.02531). Another method overrides
-    :meth:`distill`, and where it needs them :meth:`feature`, :meth:`student_inputs` and :meth:`predict`. Parameters
-    that it registers are trained with the student and saved with it.
+    By itself it is KD: soft targets on the class head (Hinton et al. 2015, arXiv 1503.02531). Another method overrides
+    :meth:`distill` and, if it needs to, :meth:`feature`, :meth:`student_inputs` and :meth:`predict`. Parameters that
+    it registers are trained with the student and saved with it.
 
     Attributes:
-        param: the method's own parameters, by the names in the table.
+        param: the parameters of the method itself, by the names in the table.
         needs_blocks: whether the method reads the outputs of both models' blocks.
         mean_over_images: whether each term is a mean over the images. False where images are compared with each
             other: a batch in parts, on several devices or by ``accumulate``, is then not the whole batch.
@@ -125,5 +125,5 @@ def kd_loss(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """``x`` in float32, or as it is where it is more precise: losses are never computed in half precision."""
+    """``x`` in float32, or unchanged if it is more precise: losses are never computed in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -38,7 +38,7 @@ def test_right_names():
         ("vit_base_patch16_224.augreg_in22k", "did you mean vit_base_patch16_224.augreg_in21k? (it has: augreg2_in21k"),
         ("vit_base_patch16_224.", "no weights ''"),
         ("hf-hub:timm/vit_base_patch16_224.dino", "is an address"),
-        ("swin_tiny_patch4_window7_224", "no vision transformer"),
+        ("swin_tiny_patch4_window7_224", "neither a vision transformer"),
     ],
 )
 def test_wrong_names(name, words):

@@ -40,7 +40,7 @@ def test_a_new_file_replaces_the_old_one_or_leaves_it(operation, tmp_path, monke
 def test_tensors_come_back_and_equal_states_give_equal_bytes():
     state = {"a": [torch.arange(3), {"b": torch.tensor(1.5)}], "c": 1, 5: "text"}
     assert to_bytes(state) == to_bytes(from_bytes(to_bytes(state)))
-    with pytest.raises(RunFolderError, match="no file of tensors"):
+    with pytest.raises(RunFolderError, match="not a file of tensors"):
         from_bytes(b"something else")
 
 

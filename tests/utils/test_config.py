@@ -39,11 +39,11 @@ def load(*words: str) -> Config:
     return parsed.config()
 
 
-def test_flag_beats_file_beats_default(config_file):
+def test_flag_overrides_file_overrides_default(config_file):
     path = config_file(lr=0.5, batch_size=8, kd_alpha=0.9)
     config = load("--config", path, "--lr", "1", "--lr", "0.25", "--kd_alpha", "0.5")
     assert (config.optim.lr, config.data.batch_size, config.optim.momentum) == (0.25, 8, 0.9)
-    assert config.distill.alpha == 0.5  # a flag with the default's value beats the file, too
+    assert config.distill.alpha == 0.5  # so does a flag with the default's value
 
 
 def test_defaults(config_file):
@@ -77,7 +77,7 @@ def test_args_yaml_of_the_original_is_a_config(tmp_path, caplog):
 
 
 def test_forms_of_values(config_file, monkeypatch):
-    """YAML 1.1 reads 1e-3 as text, null is no value, a single value may stand for a list."""
+    """YAML 1.1 reads 1e-3 as text, null is not a value, a single value may stand for a list."""
     monkeypatch.setenv("HOME", "/somewhere")
     keys = {"lr": "1e-3", "schedule": 3, "first_split_size": "20", "gpuid": None, "dataroot": "~/data"}
     config = load("--config", config_file(**keys), "--prompt_param", "30", "20", "-1")

@@ -149,7 +149,7 @@ def _column_order(column: str) -> tuple[int, int, str]:
 
 
 def shared_settings(lines: Sequence[Line]) -> str:
-    """The settings of all runs that are no defaults, where all lines of a table share them."""
+    """The settings of all runs that differ from the defaults, where all lines of a table share them."""
     own, *others = [json.loads(run.settings) for line in lines for run in line.runs]
     own.pop("class_names_sha256", None)
     default = make_config({}).result_settings()
