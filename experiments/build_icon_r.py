@@ -1,11 +1,11 @@
 """Build Icon-R (dataloaders/data/icon_r) and, on request, the pictures that the project's backbones are pre-trained on.
 
-    pip install resvg-py==0.5.0 pillow==13.0.0 numpy       # with these versions the same bytes come out
+    pip install resvg-py==0.5.0 pillow==13.0.0 numpy       # these versions give the same bytes
     python experiments/build_icon_r.py --cache FOLDER [--pretraining FILE.npz]
 
-Icons of the sets in ``sets.tsv`` are matched by name to the concepts in ``icon_r_concepts.txt``, drawn in 64x64
-pixels, rid of near-duplicates, and split into training and test pictures by families of sets (one designer, or
-forks of one design). Sums over pixels are integers, exact in float64, so that every machine decides alike.
+Icons of the sets in ``sets.tsv`` are matched by name to the concepts in ``icon_r_concepts.txt``, drawn at 64x64
+pixels, stripped of near-duplicates, and split into training and test pictures by families of sets (one designer, or
+forks of one design). Sums over pixels are integers, exact in float64, so every machine makes the same choices.
 """
 
 import argparse
@@ -236,7 +236,7 @@ def write_pretraining(icons: Icons, concepts: dict, drawn: set, theirs: Twins, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, required=True, help="a folder with the packages; missing ones come here")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for the downloaded packages")
     parser.add_argument("--pretraining", type=Path, help="also write the pre-training pictures to this .npz")
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)

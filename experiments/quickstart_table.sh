@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's comparison on Icon-R, which comes with the project: four learners, no distillation and six columns of KD
-# methods, three seeds, two runs at a time on two cores (about 1.5 hours), then a report. Run it again to resume.
+# The paper's comparison on Icon-R, which comes with the project: four learners, no distillation and six KD methods,
+# three seeds, two runs at a time on two cores (about 1.5 hours), then a report. Run it again to resume.
 #
 #     bash experiments/quickstart_table.sh [options of table.sh] [-- more flags of run.py]
 set -eu
