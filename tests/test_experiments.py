@@ -14,6 +14,7 @@ from experiments import first_epochs, table
 from tests.processes import ROOT
 from utils.checkpoint import ARGS_END
 from utils.logging import Progress, setup_logging
+from utils.report.runs import find_runs
 
 SCRIPTS = [*ROOT.glob("experiments/*.s*"), ROOT / "tests/run.sh", ROOT / ".ci/run", ROOT / "install_requirements.sh"]
 STUB = r"""#!/bin/sh
@@ -181,13 +182,16 @@ def test_table(tmp_path, capsys):
     done = call(ROOT / "experiments/table.sh", *command, "1", VIRTUAL_ENV=sys.prefix)
     assert done.returncode == 1 and done.stdout.count(": accuracy ") == 2 and "Task" not in done.stdout, done
     assert done.stdout.count("no run with these settings") == 2 and (out / "report/report.html").exists()
-    for name, lower, code, says in (("none", 0, 1, "equals the kept"), ("KD", 2, 0, ": +2.0"), ("KD", 4, 1, ": +4.0")):
+    cases = (("none", 0, False, "equals the kept"), ("KD", 4, False, ": +4.0"), ("KD", 2, True, ": +2.0"))
+    for name, lower, within, says in cases:
         metrics = json.loads((out / f"mini/L2P/{name}/seed-1/Results/metrics.json").read_text())
         metrics["student"]["accuracy_matrix"][0][0] -= lower
         (kept / f"{name}.json.gz").write_bytes(gzip.compress(json.dumps(metrics).encode()))
-        assert table.main([*command, "1"]) == code
-        output = capsys.readouterr().out
-        assert output.count("finished before") == 2 and says in output
+        assert table.compare(find_runs([out])[0], find_runs([kept])[0]) == within
+        assert says in capsys.readouterr().out
+    assert table.main([*command, "1"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("finished before") == 2 and ": +2.0" in output
     with pytest.raises(SystemExit):
         table.main([*command, "2"])
     assert "other settings" in capsys.readouterr().err
