@@ -324,7 +324,7 @@ class Config:
         None, path("a file"), MODELS, "student's weights; default: its own", key="s_weights"
     )
     normalize: str = option(
-        "none", choice("none", "model"), MODELS, "normalise images: no, or as each model was trained", paper="none"
+        "none", choice("none", "model"), MODELS, "normalise images as each model was trained, or not", paper="none"
     )
     teacher_from: Path | None = flag(
         None, path("a folder"), MODELS, "log_dir of a run with another KD method, whose trained teachers to use"
